@@ -1,0 +1,136 @@
+// nsa_cuda: Native Sparse Attention (arXiv 2502.11089), C++ API.
+//
+// The library computes on memory that the caller owns. It never allocates device memory, never synchronises, never throws:
+// every function returns a Status. Sizes and strides are 64-bit and counted in elements.
+//
+// Dimension letters, the same in code, docs and tests:
+//   B batch   Tq, Tk lengths   Hq, Hkv heads   G = Hq / Hkv   Dk head dim of q, k   Dv head dim of v, o
+//   l' selection block size    S width of the block list
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(_WIN32)
+#define NSA_API
+#else
+#define NSA_API __attribute__((visibility("default")))
+#endif
+
+// The runtime's own definition, repeated so that this header needs no CUDA.
+typedef struct CUstream_st* cudaStream_t;
+
+namespace nsa {
+
+enum class Dtype : std::int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+enum class IndexType : std::int32_t { kInt32, kInt64 };
+enum class Device : std::int32_t { kCpu, kCuda };
+
+// Which kernels run. kAuto: the fastest that the device and the shape have.
+enum class Backend : std::int32_t { kAuto, kCpu, kSm80, kSm90 };
+
+enum class StatusCode : std::int32_t {
+  kOk,
+  kInvalidArgument,  // a size, stride or pointer that can't be right; Python: ValueError
+  kNotSupported,     // right, but no kernel for it here; Python: NotImplementedError
+  kCudaError,        // the CUDA runtime refused; Python: RuntimeError
+};
+
+// The message names the argument, what it was and what is allowed.
+struct Status {
+  StatusCode code = StatusCode::kOk;
+  char message[508] = {};
+  bool ok() const { return code == StatusCode::kOk; }
+};
+
+// [B, T, H, D] or, packed, [total, H, D] (batch_stride ignored). D is contiguous.
+// For lse, dlse: [B, T, H], the same without D.
+// CUDA: data and every stride of q, k, v, o, dout, dq, dk, dv a multiple of 16 bytes.
+struct Tensor {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
+};
+
+// Integers [B, Tq, Hkv, S] or, packed, [total_q, Hkv, S]; any strides. For counts entry_stride is ignored.
+struct IndexTensor {
+  const void* data = nullptr;
+  IndexType type = IndexType::kInt32;
+  std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0, entry_stride = 0;
+};
+
+// What selected attention computes: which shapes, who sees whom.
+//
+// Batched: seqlen_q = Tq, seqlen_k = Tk, cu_seqlens_* null.
+// Packed: seqlen_q = total_q, seqlen_k = total_k, cu_seqlens_* int32 [B + 1] in the device's memory. Values that aren't
+// ascending inside [0, total] are repaired (running maximum, clamped); rows outside every sequence are dead.
+//
+// Query row t of a sequence stands at position p = t + q_offset; without an offset p = t + Tk - Tq of its sequence.
+// Row t sees the keys of [j * l', (j + 1) * l') for every valid entry j of its list; causal: those <= p. An entry is ignored
+// when it is negative, names a block past the sequence, stands at or past block_counts, or (causal) starts after p.
+struct SelectedAttentionProblem {
+  Device device = Device::kCpu;
+  Backend backend = Backend::kAuto;
+  Dtype dtype = Dtype::kFloat32;                 // of q, k, v, o and their gradients
+  std::int64_t batch = 0;                        // B
+  std::int64_t seqlen_q = 0, seqlen_k = 0;       // Tq, Tk; packed: total_q, total_k
+  std::int64_t num_heads_q = 0, num_heads_k = 0; // Hq, Hkv
+  std::int64_t head_dim_qk = 0, head_dim_v = 0;  // Dk, Dv
+  std::int64_t block_size = 64;                  // l'
+  std::int64_t num_indices = 0;                  // S
+  bool causal = true;
+  double softmax_scale = 0.0;                    // as given; 1 / sqrt(Dk) is the caller's default
+  const std::int32_t* cu_seqlens_q = nullptr;    // [B + 1]; both or neither
+  const std::int32_t* cu_seqlens_k = nullptr;    // [B + 1]
+  const std::int32_t* q_offsets = nullptr;       // [B], or null
+  bool has_q_offset = false;                     // q_offset counts (q_offsets null)
+  std::int64_t q_offset = 0;
+  IndexTensor block_indices;                     // [B, Tq, Hkv, S]
+  IndexTensor block_counts;                      // [B, Tq, Hkv] int32; data null: see block_count
+  std::int64_t block_count = -1;                 // one count for every row; -1: S
+};
+
+// o = softmax(scale q k^T over the visible keys) v; lse = log sum exp of the scaled scores (natural log), -inf on dead rows.
+struct SelectedAttentionForward {
+  SelectedAttentionProblem problem;
+  Tensor q, k, v;
+  Tensor o;
+  Tensor lse;  // float32, float64 for float64 inputs; data null: not wanted
+  void* workspace = nullptr;
+  std::size_t workspace_bytes = 0;
+  cudaStream_t stream = nullptr;  // CUDA
+  int num_threads = 0;            // CPU; 0: OpenMP's default. Results don't depend on it.
+};
+
+// Gradients of q, k, v from dout = dL/do and dlse = dL/dlse. A null dq, dk, dv is skipped; dk and dv come as a pair or one alone.
+struct SelectedAttentionBackward {
+  SelectedAttentionProblem problem;
+  Tensor q, k, v, o, lse;
+  Tensor dout;
+  Tensor dlse;  // float32 (float64); data null: zero
+  Tensor dq, dk, dv;
+  void* workspace = nullptr;
+  std::size_t workspace_bytes = 0;
+  cudaStream_t stream = nullptr;
+  int num_threads = 0;
+};
+
+// Bytes of scratch that the call needs, 256-byte aligned. A function of sizes alone: no device memory is read, and tensor
+// pointers only count as null or not. 0 bytes is possible.
+NSA_API Status selected_attention_workspace(const SelectedAttentionForward& args, std::size_t* bytes);
+NSA_API Status selected_attention_workspace(const SelectedAttentionBackward& args, std::size_t* bytes);
+
+NSA_API Status selected_attention(const SelectedAttentionForward& args);
+NSA_API Status selected_attention(const SelectedAttentionBackward& args);
+
+// The kernels that the call would run, e.g. "sm80.selected_forward.bfloat16.128.128"; for tests and reports.
+NSA_API Status selected_attention_kernel(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes);
+
+// What this build holds. Plain text, static storage.
+NSA_API const char* version();
+NSA_API bool built_with_cuda();
+NSA_API const char* cuda_architectures();   // "80-real;80-virtual", "" without CUDA
+NSA_API const char* cuda_toolkit();         // "13.0", "" without CUDA
+NSA_API int num_compiled_kernels();
+NSA_API const char* compiled_kernel(int index);  // "sm80.selected_forward.bfloat16.128.128"
+
+}  // namespace nsa
