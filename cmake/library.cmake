@@ -1,0 +1,38 @@
+# libnsa_cuda.so: public API, host checks, CPU backend and, where wanted, the CUDA kernels.
+include(cmake/cuda.cmake)
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+
+if(EXISTS ${PROJECT_SOURCE_DIR}/csrc/cpu/sources.cmake)
+  include(csrc/cpu/sources.cmake)  # NSA_CPU_SOURCES and their flags
+else()
+  file(GLOB NSA_CPU_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/cpu/*.cpp)
+endif()
+
+add_library(nsa_cuda SHARED
+  csrc/host/api.cpp
+  csrc/host/build_info.cpp
+  csrc/host/status.cpp
+  csrc/host/validate_problem.cpp
+  csrc/host/validate_tensors.cpp
+  ${NSA_CPU_SOURCES})
+add_library(nsa_cuda::nsa_cuda ALIAS nsa_cuda)
+target_include_directories(nsa_cuda
+  PRIVATE csrc
+  PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
+target_compile_features(nsa_cuda PUBLIC cxx_std_17)
+target_compile_options(nsa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+target_compile_definitions(nsa_cuda PRIVATE NSA_VERSION="${NSA_VERSION}")
+# OpenMP's runtime is linked by its plain name. Where torch ships the same name (libgomp.so.1) and is loaded first, the process
+# has one runtime; otherwise two live side by side, each with its own threads, and every call says how many it wants.
+target_link_libraries(nsa_cuda PRIVATE OpenMP::OpenMP_CXX)
+
+if(NSA_CUDA_ENABLED)
+  include(cmake/instances.cmake)
+  nsa_add_cuda_kernels(nsa_cuda)
+endif()
+
+if(NOT SKBUILD)
+  # Before 1.0 a minor version may change the structs. A wheel has no place for the links that SOVERSION needs.
+  set_target_properties(nsa_cuda PROPERTIES
+    VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
+endif()

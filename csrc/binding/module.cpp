@@ -1,0 +1,198 @@
+// nsa_cuda._C: nsa.h for Python. Addresses, sizes, strides and the stream come in as numbers, so no framework is needed
+// to build it and one build serves every version of torch. Checks are the library's own.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include <nsa_cuda/nsa.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+// (address, batch_stride, row_stride, head_stride); address 0: absent
+using TensorTuple = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
+// (address, is_int64, batch_stride, row_stride, head_stride, entry_stride)
+using IndicesTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+// (address, is_int64, batch_stride, row_stride, head_stride)
+using CountsTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t>;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+nsa::Tensor make_tensor(const TensorTuple& tuple) {
+  const auto& [address, batch_stride, row_stride, head_stride] = tuple;
+  return {pointer<void>(address), batch_stride, row_stride, head_stride};
+}
+
+// Queries only look whether a tensor is there.
+nsa::Tensor present_if(bool wanted) {
+  static char somewhere;
+  nsa::Tensor tensor;
+  tensor.data = wanted ? &somewhere : nullptr;
+  return tensor;
+}
+
+nsa::IndexType index_type(bool is_int64) { return is_int64 ? nsa::IndexType::kInt64 : nsa::IndexType::kInt32; }
+
+void raise_unless_ok(const nsa::Status& status) {
+  switch (status.code) {
+    case nsa::StatusCode::kOk:
+      return;
+    case nsa::StatusCode::kInvalidArgument:
+      throw py::value_error(status.message);
+    case nsa::StatusCode::kNotSupported:
+      PyErr_SetString(PyExc_NotImplementedError, status.message);
+      throw py::error_already_set();
+    case nsa::StatusCode::kCudaError:
+      break;
+  }
+  throw std::runtime_error(status.message);
+}
+
+nsa::SelectedAttentionProblem make_problem(int device, int backend, int dtype, std::int64_t batch,
+                                           std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t num_heads_q,
+                                           std::int64_t num_heads_k, std::int64_t head_dim_qk, std::int64_t head_dim_v,
+                                           std::int64_t block_size, std::int64_t num_indices, bool causal,
+                                           double softmax_scale, Address cu_seqlens_q, Address cu_seqlens_k,
+                                           Address q_offsets, bool has_q_offset, std::int64_t q_offset,
+                                           const IndicesTuple& indices, const CountsTuple& counts,
+                                           std::int64_t block_count) {
+  nsa::SelectedAttentionProblem problem;
+  problem.device = static_cast<nsa::Device>(device);
+  problem.backend = static_cast<nsa::Backend>(backend);
+  problem.dtype = static_cast<nsa::Dtype>(dtype);
+  problem.batch = batch;
+  problem.seqlen_q = seqlen_q;
+  problem.seqlen_k = seqlen_k;
+  problem.num_heads_q = num_heads_q;
+  problem.num_heads_k = num_heads_k;
+  problem.head_dim_qk = head_dim_qk;
+  problem.head_dim_v = head_dim_v;
+  problem.block_size = block_size;
+  problem.num_indices = num_indices;
+  problem.causal = causal;
+  problem.softmax_scale = softmax_scale;
+  problem.cu_seqlens_q = pointer<const std::int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = pointer<const std::int32_t>(cu_seqlens_k);
+  problem.q_offsets = pointer<const std::int32_t>(q_offsets);
+  problem.has_q_offset = has_q_offset;
+  problem.q_offset = q_offset;
+  problem.block_indices = {pointer<const void>(std::get<0>(indices)),
+                           index_type(std::get<1>(indices)),
+                           std::get<2>(indices),
+                           std::get<3>(indices),
+                           std::get<4>(indices),
+                           std::get<5>(indices)};
+  problem.block_counts = {pointer<const void>(std::get<0>(counts)),
+                          index_type(std::get<1>(counts)),
+                          std::get<2>(counts),
+                          std::get<3>(counts),
+                          std::get<4>(counts),
+                          0};
+  problem.block_count = block_count;
+  return problem;
+}
+
+std::size_t forward_workspace(const nsa::SelectedAttentionProblem& problem, bool want_lse) {
+  nsa::SelectedAttentionForward args;
+  args.problem = problem;
+  args.lse = present_if(want_lse);
+  std::size_t bytes = 0;
+  raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
+  return bytes;
+}
+
+std::size_t backward_workspace(const nsa::SelectedAttentionProblem& problem, bool need_dq, bool need_dk, bool need_dv,
+                               bool has_dlse) {
+  nsa::SelectedAttentionBackward args;
+  args.problem = problem;
+  args.dq = present_if(need_dq);
+  args.dk = present_if(need_dk);
+  args.dv = present_if(need_dv);
+  args.dlse = present_if(has_dlse);
+  std::size_t bytes = 0;
+  raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
+  return bytes;
+}
+
+template <typename Arguments>
+void run(Arguments& args, Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.stream = pointer<CUstream_st>(stream);
+  args.num_threads = num_threads;
+  nsa::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = nsa::selected_attention(args);
+  }
+  raise_unless_ok(status);
+}
+
+void forward(const nsa::SelectedAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
+             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, Address workspace,
+             std::size_t workspace_bytes, Address stream, int num_threads) {
+  nsa::SelectedAttentionForward args;
+  args.problem = problem;
+  args.q = make_tensor(q);
+  args.k = make_tensor(k);
+  args.v = make_tensor(v);
+  args.o = make_tensor(o);
+  args.lse = make_tensor(lse);
+  run(args, workspace, workspace_bytes, stream, num_threads);
+}
+
+void backward(const nsa::SelectedAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
+              const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout,
+              const TensorTuple& dlse, const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv,
+              Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
+  nsa::SelectedAttentionBackward args;
+  args.problem = problem;
+  args.q = make_tensor(q);
+  args.k = make_tensor(k);
+  args.v = make_tensor(v);
+  args.o = make_tensor(o);
+  args.lse = make_tensor(lse);
+  args.dout = make_tensor(dout);
+  args.dlse = make_tensor(dlse);
+  args.dq = make_tensor(dq);
+  args.dk = make_tensor(dk);
+  args.dv = make_tensor(dv);
+  run(args, workspace, workspace_bytes, stream, num_threads);
+}
+
+std::string kernel_name(const nsa::SelectedAttentionProblem& problem) {
+  char name[256];
+  raise_unless_ok(nsa::selected_attention_kernel(problem, name, sizeof(name)));
+  return name;
+}
+
+std::vector<std::string> compiled_kernels() {
+  std::vector<std::string> kernels;
+  for (int i = 0; i < nsa::num_compiled_kernels(); ++i) kernels.emplace_back(nsa::compiled_kernel(i));
+  return kernels;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  py::class_<nsa::SelectedAttentionProblem>(module, "Problem").def(py::init(&make_problem));
+  module.def("forward_workspace", &forward_workspace);
+  module.def("backward_workspace", &backward_workspace);
+  module.def("forward", &forward);
+  module.def("backward", &backward);
+  module.def("kernel_name", &kernel_name);
+  module.def("version", &nsa::version);
+  module.def("built_with_cuda", &nsa::built_with_cuda);
+  module.def("cuda_architectures", &nsa::cuda_architectures);
+  module.def("cuda_toolkit", &nsa::cuda_toolkit);
+  module.def("compiled_kernels", &compiled_kernels);
+}

@@ -1,0 +1,86 @@
+// The functions of nsa.h: check, then hand over to the device's backend.
+#include <cstdio>
+#include <cstring>
+#include <exception>
+
+#include "cpu/cpu.h"
+#include "host/validate.h"
+
+#ifdef NSA_WITH_CUDA
+#include "common/cuda_backend.h"
+#endif
+
+namespace nsa {
+namespace {
+
+// The backend's size for arguments that passed validation.
+template <typename Arguments>
+Status workspace_of_backend(const Arguments& args, std::size_t* bytes) {
+#ifdef NSA_WITH_CUDA
+  if (args.problem.device == Device::kCuda) return cuda::workspace_bytes(args, bytes);
+#endif
+  *bytes = cpu::workspace_bytes(args);
+  return {};
+}
+
+template <typename Arguments>
+Status run_on_backend(const Arguments& args) {
+#ifdef NSA_WITH_CUDA
+  if (args.problem.device == Device::kCuda) return cuda::selected_attention(args);
+#endif
+  // OpenMP or the standard library may throw (no memory for a thread's stack); the API doesn't.
+  try {
+    cpu::selected_attention(args);
+  } catch (const std::exception& error) {
+    return not_supported("the CPU backend failed: %s", error.what());
+  }
+  return {};
+}
+
+template <typename Arguments>
+Status query_workspace(const Arguments& args, std::size_t* bytes) {
+  if (bytes == nullptr) return invalid_argument("bytes is null; allowed is the address of the result");
+  *bytes = 0;
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  return workspace_of_backend(args, bytes);
+}
+
+template <typename Arguments>
+Status check_and_run(const Arguments& args) {
+  NSA_RETURN_IF_ERROR(validate(args));
+  std::size_t needed_bytes = 0;
+  NSA_RETURN_IF_ERROR(workspace_of_backend(args, &needed_bytes));
+  NSA_RETURN_IF_ERROR(validate_workspace(args.problem.device, args.workspace, args.workspace_bytes, needed_bytes));
+  return run_on_backend(args);
+}
+
+}  // namespace
+
+Status selected_attention_workspace(const SelectedAttentionForward& args, std::size_t* bytes) {
+  return query_workspace(args, bytes);
+}
+
+Status selected_attention_workspace(const SelectedAttentionBackward& args, std::size_t* bytes) {
+  return query_workspace(args, bytes);
+}
+
+Status selected_attention(const SelectedAttentionForward& args) { return check_and_run(args); }
+
+Status selected_attention(const SelectedAttentionBackward& args) { return check_and_run(args); }
+
+Status selected_attention_kernel(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes) {
+  if (name == nullptr) return invalid_argument("name is null; allowed is the address of name_bytes characters");
+  NSA_RETURN_IF_ERROR(validate(problem));
+#ifdef NSA_WITH_CUDA
+  if (problem.device == Device::kCuda) return cuda::kernel_name(problem, name, name_bytes);
+#endif
+  char text[64];
+  std::snprintf(text, sizeof(text), "cpu.selected_forward.%s", name_of(problem.dtype));
+  if (name_bytes <= std::strlen(text)) {
+    return invalid_argument("name_bytes is %zu; this name needs %zu", name_bytes, std::strlen(text) + 1);
+  }
+  std::strcpy(name, text);
+  return {};
+}
+
+}  // namespace nsa

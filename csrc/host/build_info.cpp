@@ -1,0 +1,46 @@
+// What this build holds. The values come from CMake.
+#include <iterator>
+
+#include "host/status.h"
+
+#ifdef NSA_WITH_CUDA
+#include "common/cuda_backend.h"
+#endif
+
+namespace nsa {
+namespace {
+
+constexpr const char* kCpuKernels[] = {
+    "cpu.selected_forward.float64",   "cpu.selected_forward.float32",  "cpu.selected_forward.bfloat16",
+    "cpu.selected_forward.float16",   "cpu.selected_backward.float64", "cpu.selected_backward.float32",
+    "cpu.selected_backward.bfloat16", "cpu.selected_backward.float16",
+};
+constexpr int kNumCpuKernels = static_cast<int>(std::size(kCpuKernels));
+
+}  // namespace
+
+const char* version() { return NSA_VERSION; }
+
+#ifdef NSA_WITH_CUDA
+bool built_with_cuda() { return true; }
+const char* cuda_architectures() { return NSA_CUDA_ARCHITECTURES; }
+const char* cuda_toolkit() { return NSA_CUDA_TOOLKIT; }
+int num_compiled_kernels() { return kNumCpuKernels + cuda::num_compiled_kernels(); }
+#else
+bool built_with_cuda() { return false; }
+const char* cuda_architectures() { return ""; }
+const char* cuda_toolkit() { return ""; }
+int num_compiled_kernels() { return kNumCpuKernels; }
+#endif
+
+const char* compiled_kernel(int index) {
+  if (index < 0 || index >= num_compiled_kernels()) return "";
+  if (index < kNumCpuKernels) return kCpuKernels[index];
+#ifdef NSA_WITH_CUDA
+  return cuda::compiled_kernel(index - kNumCpuKernels);
+#else
+  return "";
+#endif
+}
+
+}  // namespace nsa

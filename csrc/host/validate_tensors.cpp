@@ -1,0 +1,188 @@
+#include <cinttypes>
+#include <limits>
+
+#include "host/validate.h"
+
+namespace nsa {
+namespace {
+
+constexpr std::int64_t kCudaAlignment = 16;  // bytes: one cp.async, and the unit of a TMA stride
+constexpr int kMaxThreads = 4096;            // past this OpenMP's own failure would end the process
+
+enum class Access { kRead, kWritten };
+
+// One tensor of a call as the checks see it: [batch, rows, heads, dim], packed: batch = 1. lse, dlse: dim = 1.
+struct View {
+  const char* name;
+  const Tensor& tensor;
+  std::int64_t batch, rows, heads, dim;
+  std::int64_t element_bytes;
+  std::int64_t alignment;  // bytes, of the data and of the strides
+  Access access;
+};
+
+Status check_stride(const View& view, const char* stride_name, std::int64_t stride, std::int64_t size) {
+  if (size <= 1) return {};
+  if (stride % (view.alignment / view.element_bytes) != 0) {
+    return invalid_argument("%s.%s is %" PRId64 " elements; allowed is a multiple of %" PRId64 " (%" PRId64 " bytes)",
+                            view.name, stride_name, stride, view.alignment / view.element_bytes, view.alignment);
+  }
+  // dim is contiguous, so a shorter stride would put two elements of a result on one address.
+  if (view.access == Access::kWritten && stride < view.dim && stride > -view.dim) {
+    return invalid_argument("%s.%s is %" PRId64 " elements; %s is written, so %" PRId64 " or more are allowed",
+                            view.name, stride_name, stride, view.name, view.dim);
+  }
+  return {};
+}
+
+// Adds the reach of one dimension, (size - 1) * |stride| elements; false past 64 bits.
+bool add_reach(std::int64_t size, std::int64_t stride, std::int64_t* reach) {
+  if (size <= 1) return true;
+  std::int64_t step;
+  if (__builtin_mul_overflow(size - 1, stride, &step) || step == std::numeric_limits<std::int64_t>::min()) return false;
+  return !__builtin_add_overflow(*reach, step < 0 ? -step : step, reach);
+}
+
+Status check_view(const View& view) {
+  if (view.batch == 0 || view.rows == 0) return {};
+  if (view.tensor.data == nullptr) {
+    return invalid_argument("%s is null; allowed is the address of its [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
+                            "] elements",
+                            view.name, view.batch, view.rows, view.heads, view.dim);
+  }
+  if (reinterpret_cast<std::uintptr_t>(view.tensor.data) % static_cast<std::uintptr_t>(view.alignment) != 0) {
+    return invalid_argument("%s is %p; allowed is a multiple of %" PRId64 " bytes", view.name, view.tensor.data,
+                            view.alignment);
+  }
+  NSA_RETURN_IF_ERROR(check_stride(view, "batch_stride", view.tensor.batch_stride, view.batch));
+  NSA_RETURN_IF_ERROR(check_stride(view, "row_stride", view.tensor.row_stride, view.rows));
+  NSA_RETURN_IF_ERROR(check_stride(view, "head_stride", view.tensor.head_stride, view.heads));
+  std::int64_t reach = view.dim, bytes;
+  if (!add_reach(view.batch, view.tensor.batch_stride, &reach) ||
+      !add_reach(view.rows, view.tensor.row_stride, &reach) ||
+      !add_reach(view.heads, view.tensor.head_stride, &reach) ||
+      __builtin_mul_overflow(reach, view.element_bytes, &bytes)) {
+    return invalid_argument("%s has strides (%" PRId64 ", %" PRId64 ", %" PRId64
+                            ") that lead past 2^63 bytes; allowed are strides inside one buffer",
+                            view.name, view.tensor.batch_stride, view.tensor.row_stride, view.tensor.head_stride);
+  }
+  return {};
+}
+
+// What the tensors of one call have in common.
+class Shapes {
+ public:
+  explicit Shapes(const SelectedAttentionProblem& problem)
+      : problem_(problem), batch_(problem.cu_seqlens_q ? 1 : problem.batch) {}
+
+  View q(const char* name, const Tensor& tensor, Access access) const {
+    return make(name, tensor, problem_.seqlen_q, problem_.num_heads_q, problem_.head_dim_qk, access);
+  }
+  View o(const char* name, const Tensor& tensor, Access access) const {
+    return make(name, tensor, problem_.seqlen_q, problem_.num_heads_q, problem_.head_dim_v, access);
+  }
+  View k(const char* name, const Tensor& tensor, Access access) const {
+    return make(name, tensor, problem_.seqlen_k, problem_.num_heads_k, problem_.head_dim_qk, access);
+  }
+  View v(const char* name, const Tensor& tensor, Access access) const {
+    return make(name, tensor, problem_.seqlen_k, problem_.num_heads_k, problem_.head_dim_v, access);
+  }
+  View lse(const char* name, const Tensor& tensor, Access access) const {
+    const std::int64_t bytes = problem_.dtype == Dtype::kFloat64 ? 8 : 4;
+    return {name, tensor, batch_, problem_.seqlen_q, problem_.num_heads_q, 1, bytes, bytes, access};
+  }
+
+ private:
+  View make(const char* name, const Tensor& tensor, std::int64_t rows, std::int64_t heads, std::int64_t dim,
+            Access access) const {
+    const std::int64_t bytes = size_of(problem_.dtype);
+    return {name,  tensor, batch_, rows, heads, dim, bytes, problem_.device == Device::kCuda ? kCudaAlignment : bytes,
+            access};
+  }
+
+  const SelectedAttentionProblem& problem_;
+  std::int64_t batch_;
+};
+
+Status check_index_reach(const char* name, const IndexTensor& tensor, std::int64_t batch, std::int64_t rows,
+                         std::int64_t heads, std::int64_t entries) {
+  std::int64_t reach = 1, bytes;
+  if (add_reach(batch, tensor.batch_stride, &reach) && add_reach(rows, tensor.row_stride, &reach) &&
+      add_reach(heads, tensor.head_stride, &reach) && add_reach(entries, tensor.entry_stride, &reach) &&
+      !__builtin_mul_overflow(reach, std::int64_t{8}, &bytes)) {
+    return {};
+  }
+  return invalid_argument("%s has strides (%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
+                          ") that lead past 2^63 bytes; allowed are strides inside one buffer",
+                          name, tensor.batch_stride, tensor.row_stride, tensor.head_stride, tensor.entry_stride);
+}
+
+Status check_lists(const SelectedAttentionProblem& problem) {
+  const std::int64_t batch = problem.cu_seqlens_q ? 1 : problem.batch;
+  if (total_rows(problem).q == 0 || problem.num_indices == 0) return {};
+  if (problem.block_indices.data == nullptr) {
+    return invalid_argument("block_indices is null; allowed is the address of its [%" PRId64 ", %" PRId64 ", %" PRId64
+                            ", %" PRId64 "] entries",
+                            batch, problem.seqlen_q, problem.num_heads_k, problem.num_indices);
+  }
+  NSA_RETURN_IF_ERROR(check_index_reach("block_indices", problem.block_indices, batch, problem.seqlen_q,
+                                        problem.num_heads_k, problem.num_indices));
+  if (problem.block_counts.data == nullptr) return {};
+  return check_index_reach("block_counts", problem.block_counts, batch, problem.seqlen_q, problem.num_heads_k, 1);
+}
+
+Status check_threads(int num_threads) {
+  if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
+  return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
+}
+
+}  // namespace
+
+Status validate(const SelectedAttentionForward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(check_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  const Shapes shapes(args.problem);
+  NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kWritten)));
+  if (args.lse.data == nullptr) return {};
+  return check_view(shapes.lse("lse", args.lse, Access::kWritten));
+}
+
+Status validate(const SelectedAttentionBackward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(check_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  const Shapes shapes(args.problem);
+  NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.lse("lse", args.lse, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.o("dout", args.dout, Access::kRead)));
+  if (args.dlse.data) NSA_RETURN_IF_ERROR(check_view(shapes.lse("dlse", args.dlse, Access::kRead)));
+  if (args.dq.data) NSA_RETURN_IF_ERROR(check_view(shapes.q("dq", args.dq, Access::kWritten)));
+  if (args.dk.data) NSA_RETURN_IF_ERROR(check_view(shapes.k("dk", args.dk, Access::kWritten)));
+  if (args.dv.data) NSA_RETURN_IF_ERROR(check_view(shapes.v("dv", args.dv, Access::kWritten)));
+  return {};
+}
+
+Status validate_workspace(Device device, const void* workspace, std::size_t given_bytes, std::size_t needed_bytes) {
+  if (given_bytes < needed_bytes) {
+    return invalid_argument("workspace_bytes is %zu; this call needs %zu (selected_attention_workspace tells)",
+                            given_bytes, needed_bytes);
+  }
+  if (needed_bytes == 0) return {};
+  if (workspace == nullptr) return invalid_argument("workspace is null; this call needs %zu bytes", needed_bytes);
+  // CPU allocators align to a cache line; CUDA's to 256 bytes.
+  const std::uintptr_t alignment = device == Device::kCuda ? 256 : 64;
+  if (reinterpret_cast<std::uintptr_t>(workspace) % alignment != 0) {
+    return invalid_argument("workspace is %p; allowed on %s is a multiple of %d bytes", workspace, name_of(device),
+                            static_cast<int>(alignment));
+  }
+  return {};
+}
+
+}  // namespace nsa

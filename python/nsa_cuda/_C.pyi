@@ -1,0 +1,74 @@
+# The C++ module (csrc/binding/module.cpp): nsa.h with tensors as numbers. Addresses are ints, 0 is null; strides count elements.
+# ValueError: an argument that can't be right; NotImplementedError: no kernel for it here; RuntimeError: CUDA refused.
+
+TensorTuple = tuple[int, int, int, int]  # address, batch_stride, row_stride, head_stride
+IndicesTuple = tuple[int, bool, int, int, int, int]  # address, is_int64, batch, row, head and entry stride
+CountsTuple = tuple[int, bool, int, int, int]  # address, is_int64, batch, row and head stride
+
+class Problem:
+    def __init__(
+        self,
+        device: int,
+        backend: int,
+        dtype: int,
+        batch: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        num_heads_q: int,
+        num_heads_k: int,
+        head_dim_qk: int,
+        head_dim_v: int,
+        block_size: int,
+        num_indices: int,
+        causal: bool,
+        softmax_scale: float,
+        cu_seqlens_q: int,
+        cu_seqlens_k: int,
+        q_offsets: int,
+        has_q_offset: bool,
+        q_offset: int,
+        block_indices: IndicesTuple,
+        block_counts: CountsTuple,
+        block_count: int,
+        /,
+    ) -> None: ...
+
+def forward_workspace(problem: Problem, want_lse: bool, /) -> int: ...
+def backward_workspace(problem: Problem, need_dq: bool, need_dk: bool, need_dv: bool, has_dlse: bool, /) -> int: ...
+def forward(
+    problem: Problem,
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    o: TensorTuple,
+    lse: TensorTuple,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def backward(
+    problem: Problem,
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    o: TensorTuple,
+    lse: TensorTuple,
+    dout: TensorTuple,
+    dlse: TensorTuple,
+    dq: TensorTuple,
+    dk: TensorTuple,
+    dv: TensorTuple,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def kernel_name(problem: Problem, /) -> str: ...
+def version() -> str: ...
+def built_with_cuda() -> bool: ...
+def cuda_architectures() -> str: ...
+def cuda_toolkit() -> str: ...
+def compiled_kernels() -> list[str]: ...
