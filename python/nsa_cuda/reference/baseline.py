@@ -1,0 +1,135 @@
+"""What an ideal kernel in a low-precision dtype computes: the yardstick of the accuracy rule (spec section 9).
+
+Scores, sums and accumulators in float32; p and ds rounded to the kernel's dtype before the products that consume them;
+o rounded before delta reads it; results rounded once. In float32 and float64 nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nsa_cuda import _checks
+from nsa_cuda.reference import attention as reference
+from nsa_cuda.reference._attend import compute_dtype, grouped, masked_scores, row_chunks, ungrouped
+from nsa_cuda.reference._layout import QOffset
+from nsa_cuda.reference._parts import selected_parts
+from nsa_cuda.reference._visibility import Visibility
+
+
+@torch.no_grad()
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int = 64,
+    block_counts: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    scale: float | None = None,
+    q_offset: QOffset = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """o and lse; arguments as in `nsa_cuda.selected_attention`. The reference's forward already rounds as a kernel does."""
+    output = reference.selected_attention(
+        q,
+        k,
+        v,
+        block_indices,
+        block_size=block_size,
+        block_counts=block_counts,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        scale=scale,
+        q_offset=q_offset,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        return_lse=True,
+    )
+    assert isinstance(output, tuple)
+    return output
+
+
+@torch.no_grad()
+def selected_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    block_counts: int | Tensor | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    scale: float | None = None,
+    q_offset: QOffset = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in q's dtype, from o and lse of `selected_attention`, do [.., Hq, Dv] and dlse [.., Hq] (None: zero)."""
+    softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
+    parts = selected_parts(
+        q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k
+    )
+    if dlse is None:
+        dlse = torch.zeros_like(lse)
+    dtype = compute_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
+    for part, keys in parts:
+        _backward(
+            *(part.q(x).to(dtype) for x in (q, o, lse, do, dlse)),
+            *(part.k(x).to(dtype) for x in (k, v)),
+            *(part.q(dq), part.k(dk), part.k(dv)),
+            keys=keys,
+            scale=softmax_scale,
+            rounding=q.dtype,
+        )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _backward(
+    q: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    *,
+    keys: Visibility,
+    scale: float,
+    rounding: torch.dtype,
+) -> None:
+    """Adds to dq [N, Tq, Hq, Dk], dk [N, Tk, Hkv, Dk], dv [N, Tk, Hkv, Dv]; everything in the computing dtype."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(rounding).to(x.dtype)
+
+    n, seqlen_q, num_heads_q, _ = q.shape
+    num_heads_k = k.shape[2]
+    group = num_heads_q // num_heads_k
+    for rows, (lo, hi) in row_chunks(keys, seqlen_q, n * num_heads_q):
+        r = slice(*rows)
+        visible = keys.mask(rows, (lo, hi))
+        scores = masked_scores(q[:, r], k[:, lo:hi], visible, scale).flatten(2, 3)  # [N, Hkv, G * R, K]
+        row_lse = grouped(lse[:, r].unsqueeze(-1), num_heads_k)  # [N, Hkv, G * R, 1]
+        dead = row_lse == float("-inf")
+        p = (scores - row_lse).exp().masked_fill(dead, 0.0)
+        row_do = grouped(do[:, r], num_heads_k).masked_fill(dead, 0.0)
+        row_dlse = grouped(dlse[:, r].unsqueeze(-1), num_heads_k).masked_fill(dead, 0.0)
+        delta = (row_do * grouped(o[:, r], num_heads_k)).sum(-1, keepdim=True)
+        dp = row_do @ v[:, lo:hi].permute(0, 2, 3, 1)
+        ds = rounded(p * (dp - delta + row_dlse))
+        dv[:, lo:hi] += (rounded(p).transpose(-1, -2) @ row_do).transpose(1, 2)
+        dk[:, lo:hi] += (ds.transpose(-1, -2) @ grouped(q[:, r], num_heads_k)).transpose(1, 2) * scale
+        dq[:, r] += ungrouped(ds @ k[:, lo:hi].transpose(1, 2), group) * scale
