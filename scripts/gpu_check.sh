@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# All checks of a machine with a GPU, in one call: scripts/gpu_check.sh [build] [test] [sanitize] [bench]   (default: all four)
+#
+# Needs python3 with torch, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis, but no network. Logs and results go
+# to $OUT (default ./gpu_check_out); the last lines are a table. Exit status 0: every step passed.
+#   NSA_CUDA_ARCHITECTURES   default native
+#   NSA_PREBUILT             folder of a libnsa_cuda.so built elsewhere; only the Python module is built here
+#   PYTEST_ARGS, BENCH_ARGS  passed on
+#   BUILD_LIMIT, TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT   seconds
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-$PWD/gpu_check_out}
+mkdir -p "$OUT"
+site=$PWD/build/gpu_check
+export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+summary=()
+failed=0
+
+# run NAME LIMIT COMMAND...: output to NAME.log and its end to the screen; one row of the table.
+run() {
+  local name=$1 limit=$2 start=$SECONDS status
+  shift 2
+  printf '\n=== %s\n' "$name"
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
+  status=$?
+  tail -n 15 "$OUT/$name.log"
+  local verdict=passed
+  if ((status == 124 || status == 137)); then verdict="ran past $limit s"; elif ((status)); then verdict="failed ($status)"; fi
+  ((status)) && failed=1
+  summary+=("$(printf '%-20s %-18s %5d s  %s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c 1-70)")")
+  return $status
+}
+
+build() {
+  export NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native} FORCE_CUDA=1 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+  local define=(-C cmake.define.NSA_SPILL_GATE=ON)
+  if [[ ${NSA_PREBUILT:-} ]]; then define=(-C "cmake.define.NSA_PREBUILT=$(realpath "$NSA_PREBUILT")"); fi
+  rm -rf "$site"
+  run build "${BUILD_LIMIT:-1500}" python3 -m pip install -v --no-build-isolation --no-deps --no-index --target "$site" "${define[@]}" .
+  run installed 120 python3 -m nsa_cuda
+}
+
+sanitize() {
+  local tool
+  for tool in memcheck racecheck initcheck; do
+    # Without torch's caching allocator, so that a byte past the end of a tensor is past the end of an allocation.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" "${SANITIZE_LIMIT:-900}" \
+      compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
+      python3 -m pytest -x -q -m sanitizer -p no:cacheprovider tests
+  done
+}
+
+steps=("$@")
+if ((${#steps[@]} == 0)); then steps=(build test sanitize bench); fi
+nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader | tee "$OUT/gpu.txt"
+for step in "${steps[@]}"; do
+  case $step in
+    build) build || break ;;
+    test) run test "${TEST_LIMIT:-1500}" python3 -m pytest -q -p no:cacheprovider ${PYTEST_ARGS:-} tests ;;
+    sanitize) sanitize ;;
+    bench) run bench "${BENCH_LIMIT:-900}" python3 -m benchmarks.selected --json "$OUT/selected.json" ${BENCH_ARGS:-} ;;
+    *) echo "unknown step $step; allowed are build, test, sanitize, bench"; exit 2 ;;
+  esac
+done
+
+printf '\n%s' '' ; printf '%s\n' "${summary[@]}" | tee "$OUT/summary.txt"
+exit $failed
