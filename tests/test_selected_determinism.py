@@ -1,0 +1,52 @@
+"""Same inputs, same bits: run after run, for any number of threads, whatever the memory held before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import run
+from cases import Case, named
+from inputs import make
+from poison import poisoned_memory
+from targets import ALL, CPU, CUDA, Target
+from test_selected_properties import assert_same_bits
+
+CASES = [
+    Case("repeat", B=2, Tq=300, Tk=300, Hq=16, Hkv=2, S=5, block_size=32),
+    Case("repeat_noncausal", B=2, Tq=200, Tk=300, Hq=6, Hkv=2, S=5, block_size=16, causal=False, indices="wild"),
+    named("sink_block"),
+    named("packed_padding"),
+    named("wild_packed"),
+]
+BY_NAME = [pytest.param(c, id=c.name) for c in CASES]
+
+
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("case", BY_NAME)
+def test_runs_repeat(target: Target, case: Case):
+    made = make(case, target)
+    first = run(made, target.backend)
+    with poisoned_memory():
+        assert_same_bits(first, run(made, target.backend))
+    assert_same_bits(first, run(made, target.backend))
+
+
+@pytest.mark.parametrize("target", CPU)
+@pytest.mark.parametrize("case", BY_NAME)
+def test_threads_do_not_matter(target: Target, case: Case, one_thread):
+    made = make(case, target)
+    torch.set_num_threads(1)
+    first = run(made, target.backend)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_same_bits(first, run(made, target.backend))
+
+
+@pytest.mark.parametrize("target", CUDA)
+def test_large_runs_repeat(target: Target):
+    """Enough blocks in flight for their order to vary between runs; the split lists' partial sums must not care."""
+    case = Case("race", Tq=6000, Tk=6000, Hq=16, Hkv=1, Dk=128, Dv=128, S=8, indices="sink")
+    made = make(case, target)
+    first = run(made, target.backend)
+    for _ in range(5):
+        assert_same_bits(first, run(made, target.backend))
