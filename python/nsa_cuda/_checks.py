@@ -24,14 +24,29 @@ def softmax_scale(softmax_scale: float | None, scale: float | None, head_dim: in
     """The scale to use; `scale` is another name for `softmax_scale`, the default is 1 / sqrt(Dk)."""
     if scale is not None:
         if softmax_scale is not None:
-            raise ValueError(f"scale: an alias of softmax_scale, give one of them, got {scale} and {softmax_scale}")
+            raise ValueError(f"scale: an alias of softmax_scale, give one of them; was {scale} beside {softmax_scale}")
         softmax_scale = scale
-    return float(softmax_scale) if softmax_scale is not None else max(head_dim, 1) ** -0.5
+    if softmax_scale is None:
+        return float(max(head_dim, 1) ** -0.5)
+    if not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale: must be a number or None, was {type(softmax_scale).__name__}")
+    return float(softmax_scale)
 
 
 def _tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: must be a torch.Tensor, was {type(x).__name__}")
+
+
+def _dims(name: str, x: Tensor, letters: str, rank: int) -> None:
+    if x.dim() != rank:
+        raise ValueError(f"{name}: must have {rank} dims, {letters}; had {x.dim()}, {list(x.shape)}")
+
+
+def integer(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int):
+            raise TypeError(f"{name}: must be an int, was {value!r} ({type(value).__name__})")
 
 
 def _device(name: str, x: Tensor, q: Tensor) -> None:
@@ -56,9 +71,12 @@ def attention_tensors(
     if v.dtype != q.dtype:
         raise TypeError(f"{v_name}: must have q's dtype {q.dtype}, was {v.dtype}")
     _device(v_name, v, q)
-    if v.dim() != k.dim() or v.shape[:-1] != k.shape[:-1]:
-        letters = "[total_k, Hkv, Dv]" if packed else "[B, Tk, Hkv, Dv]"
-        raise ValueError(f"{v_name}: must be {letters} = {[*k.shape[:-1], 'Dv']} like {k_name}, was {list(v.shape)}")
+    letters = "[total_k, Hkv, Dv]" if packed else "[B, Tk, Hkv, Dv]"
+    _dims(v_name, v, letters, k.dim())
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"{v_name}: must be {letters} = {_text(*k.shape[:-1], 'Dv')} like {k_name}, was {list(v.shape)}"
+        )
     return packed
 
 
@@ -70,22 +88,26 @@ def query_and_key(q: Tensor, k: Tensor, k_name: str, packed: bool) -> None:
         raise TypeError(f"{k_name}: must have q's dtype {q.dtype}, was {k.dtype}")
     _device(k_name, k, q)
     rank = 3 if packed else 4
-    if q.dim() != rank:
-        letters = "[total_q, Hq, Dk] with cu_seqlens" if packed else "[B, Tq, Hq, Dk] without cu_seqlens"
-        raise ValueError(f"q: must be {letters}, was {list(q.shape)}")
-    if k.dim() != rank or k.shape[-1] != q.shape[-1] or (not packed and k.shape[0] != q.shape[0]):
-        expected = ["total_k", "Hkv", q.shape[-1]] if packed else [q.shape[0], "Tk", "Hkv", q.shape[-1]]
-        letters = "[total_k, Hkv, Dk]" if packed else "[B, Tk, Hkv, Dk]"
+    _dims("q", q, "[total_q, Hq, Dk] with cu_seqlens" if packed else "[B, Tq, Hq, Dk] without cu_seqlens", rank)
+    letters = "[total_k, Hkv, Dk]" if packed else "[B, Tk, Hkv, Dk]"
+    _dims(k_name, k, letters, rank)
+    if k.shape[-1] != q.shape[-1] or (not packed and k.shape[0] != q.shape[0]):
+        expected = _text("total_k", "Hkv", q.shape[-1]) if packed else _text(q.shape[0], "Tk", "Hkv", q.shape[-1])
         raise ValueError(f"{k_name}: must be {letters} = {expected} to match q, was {list(k.shape)}")
 
 
-def head_groups(q: Tensor, k: Tensor, k_name: str = "k") -> None:
-    """Hq is a multiple of Hkv. For what runs without the C++ library, which checks this itself."""
+def _text(*sizes: object) -> str:
+    return f"[{', '.join(map(str, sizes))}]"
+
+
+def head_sizes(q: Tensor, k: Tensor, k_name: str = "k", v: Tensor | None = None) -> None:
+    """Hq a multiple of Hkv, no empty head. For what runs without the C++ library, which checks this itself."""
     num_heads_q, num_heads_k = q.shape[-2], k.shape[-2]
     if num_heads_k < 1 or num_heads_q < 1 or num_heads_q % num_heads_k:
-        raise ValueError(
-            f"{k_name}: Hkv must divide q's Hq = {num_heads_q} (both at least 1), was {num_heads_k}"
-        )
+        raise ValueError(f"{k_name}: Hkv must divide q's Hq = {num_heads_q}, both at least 1, was {num_heads_k}")
+    for name, x in (("Dk", q), ("Dv", q if v is None else v)):
+        if x.shape[-1] < 1:
+            raise ValueError(f"head dim {name}: must be at least 1, was {x.shape[-1]}")
 
 
 def packing(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> bool:
@@ -110,26 +132,28 @@ def cu_seqlens(name: str, x: Tensor) -> None:
     _tensor(name, x)
     if x.dtype != torch.int32:
         raise TypeError(f"{name}: dtype must be int32, was {x.dtype}")
-    if x.dim() != 1 or len(x) < 1:
-        raise ValueError(f"{name}: must be [B + 1], was {list(x.shape)}")
+    _dims(name, x, "[B + 1]", 1)
+    if len(x) < 1:
+        raise ValueError(f"{name}: must be [B + 1] with B >= 0, was [0]")
 
 
 def cu_seqlens_values(name: str, x: Tensor, total: int | None) -> None:
-    """Ascending offsets inside [0, total]. Reads the values: free on the CPU, a synchronisation on a GPU."""
+    """Ascending offsets inside [0, total] (total None: not known). On a GPU reading them synchronises."""
     values = x.tolist()
-    end = "the number of rows" if total is None else str(total)
     for i, value in enumerate(values):
         if value < 0 or (total is not None and value > total):
-            raise ValueError(f"{name}: offsets must lie in [0, {end}], {name}[{i}] was {value}")
+            rows = "" if total is None else f" and at most {total}, the number of rows"
+            raise ValueError(f"{name}: offsets must be at least 0{rows}; {name}[{i}] was {value}")
         if i and value < values[i - 1]:
-            raise ValueError(f"{name}: offsets must ascend, {name}[{i - 1}] was {values[i - 1]}, {name}[{i}] was {value}")
+            raise ValueError(f"{name}: offsets must ascend; {name}[{i - 1}] was {values[i - 1]}, {name}[{i}] {value}")
 
 
 def q_offset(q_offset: int | Tensor | None, q: Tensor, batch: int) -> None:
     """An int, or int32 [B] on q's device."""
     if q_offset is None or isinstance(q_offset, int):
         return
-    _tensor("q_offset", q_offset)
+    if not isinstance(q_offset, Tensor):
+        raise TypeError(f"q_offset: must be an int or an int32 tensor [B], was {q_offset!r}")
     if q_offset.dtype != torch.int32:
         raise TypeError(f"q_offset: must be an int or an int32 tensor [B], dtype was {q_offset.dtype}")
     _device("q_offset", q_offset, q)
@@ -148,11 +172,15 @@ def block_lists(q: Tensor, k: Tensor, block_indices: Tensor, block_counts: int |
     _device("block_indices", block_indices, q)
     rows = (*q.shape[:-2], k.shape[-2])
     letters = "total_q, Hkv" if q.dim() == 3 else "B, Tq, Hkv"
-    if block_indices.dim() != len(rows) + 1 or tuple(block_indices.shape[:-1]) != rows:
-        raise ValueError(f"block_indices: must be [{letters}, S] = {[*rows, 'S']}, was {list(block_indices.shape)}")
+    _dims("block_indices", block_indices, f"[{letters}, S]", len(rows) + 1)
+    if tuple(block_indices.shape[:-1]) != rows:
+        raise ValueError(
+            f"block_indices: must be [{letters}, S] = {_text(*rows, 'S')}, was {list(block_indices.shape)}"
+        )
     if block_counts is None or isinstance(block_counts, int):
         return
-    _tensor("block_counts", block_counts)
+    if not isinstance(block_counts, Tensor):
+        raise TypeError(f"block_counts: must be an int or an int32 or int64 tensor, was {block_counts!r}")
     if block_counts.dtype not in INTEGER_DTYPES:
         raise TypeError(f"block_counts: must be an int or an int32 or int64 tensor, dtype was {block_counts.dtype}")
     _device("block_counts", block_counts, q)
@@ -167,6 +195,7 @@ def last_dim_contiguous(**tensors: Tensor) -> None:
 
 
 def at_least(minimum: int, **sizes: int) -> None:
+    integer(**sizes)
     for name, value in sizes.items():
         if value < minimum:
             raise ValueError(f"{name}: must be at least {minimum}, was {value}")
@@ -223,3 +252,16 @@ def gates(gates: Tensor, q: Tensor) -> None:
     _device("gates", gates, q)
     letters = "[total_q, Hq, 3]" if q.dim() == 3 else "[B, Tq, Hq, 3]"
     _shape("gates", gates, letters, [*q.shape[:-1], 3])
+
+
+def compression_input(x: Tensor, offsets: Tensor | None, num_heads: int, head_dim: int) -> None:
+    """x [B, T, Hkv, D], or [total, Hkv, D] with int32 offsets [B + 1] on its device."""
+    _tensor("x", x)
+    letters = "[B, T, Hkv, D] without cu_seqlens" if offsets is None else "[total, Hkv, D] with cu_seqlens"
+    _dims("x", x, letters, 4 if offsets is None else 3)
+    if tuple(x.shape[-2:]) != (num_heads, head_dim):
+        raise ValueError(f"x: Hkv and D must be {num_heads} and {head_dim}, were {x.shape[-2]} and {x.shape[-1]}")
+    if offsets is not None:
+        cu_seqlens("cu_seqlens", offsets)
+        if offsets.device != x.device:
+            raise ValueError(f"cu_seqlens: must be on x's device {x.device}, was on {offsets.device}")

@@ -21,7 +21,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float64, torch.float32) else torch.float32
 
 
-def row_chunks(keys: Visibility, seqlen_q: int, scores_per_key: int) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+def row_chunks(
+    keys: Visibility, seqlen_q: int, scores_per_key: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
     """(rows, keys) ranges that cover all queries, each of at most MAX_SCORES scores where a single row allows."""
     rows = rows_per_chunk(keys, seqlen_q, scores_per_key)
     for first in range(0, max(seqlen_q, 1), rows):

@@ -44,7 +44,7 @@ def compressed_parts(
     _checks.compression(kernel_size, kernel_stride)
     packed = _checks.packing(q, cu_seqlens_q, cu_seqlens_k)
     _checks.query_and_key(q, k_cmp, "k_cmp", packed)
-    _checks.head_groups(q, k_cmp, "k_cmp")
+    _checks.head_sizes(q, k_cmp, "k_cmp")
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     if cu_seqlens_q is None or cu_seqlens_k is None:
         tokens = _checks.compressed_length(seqlen_k, q.shape[1], k_cmp.shape[1], kernel_size, kernel_stride)
@@ -59,7 +59,9 @@ def compressed_parts(
         number = num_compressed(part.seqlen_k, kernel_size, kernel_stride)
         if part.k_rows is not None:
             number = min(number, part.k_rows.stop - part.k_rows.start)
-        result.append((part, CompressedKeys(part, num_rows(part, q), number, kernel_size, kernel_stride, causal, q.device)))
+        result.append(
+            (part, CompressedKeys(part, num_rows(part, q), number, kernel_size, kernel_stride, causal, q.device))
+        )
     return result
 
 

@@ -53,13 +53,11 @@ def selected_attention(
     """Attention to the selected blocks. Arguments as in `nsa_cuda.selected_attention`."""
     _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _checks.block_lists(q, k, block_indices, block_counts)
-    _checks.head_groups(q, k)
+    _checks.head_sizes(q, k, v=v)
     _checks.at_least(1, block_size=block_size)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
-    parts = selected_parts(
-        q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k
-    )
+    parts = selected_parts(q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k)
     o, lse = _attend_parts(q, k, v, parts, softmax_scale)
     return (o, lse) if return_lse else o
 
@@ -110,7 +108,7 @@ def sliding_window_attention(
 ) -> Output:
     """Attention to the nearest tokens. Arguments as in `nsa_cuda.sliding_window_attention`."""
     _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _checks.head_groups(q, k)
+    _checks.head_sizes(q, k, v=v)
     _checks.at_least(1, window_size=window_size)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
@@ -163,7 +161,9 @@ def native_sparse_attention(
     packed = _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _checks.gates(gates, q)
     if (k_win is None) != (v_win is None):
-        raise ValueError(f"{'k_win' if k_win is None else 'v_win'}: k_win and v_win come together or not at all, was None")
+        raise ValueError(
+            f"{'k_win' if k_win is None else 'v_win'}: k_win and v_win come together or not at all, was None"
+        )
     shared: dict[str, Any] = dict(
         causal=causal,
         softmax_scale=_checks.softmax_scale(softmax_scale, scale, q.shape[-1]),
@@ -194,12 +194,8 @@ def native_sparse_attention(
                 local_blocks=local_blocks,
                 **compressed,
             )
-        o_slc, lse_slc = selected(
-            q, k, v, ids, block_size=block_size, block_counts=counts, return_lse=True, **shared
-        )
-        o_win, lse_win = sliding_window_attention(
-            q, k_win, v_win, window_size=window_size, return_lse=True, **shared
-        )
+        o_slc, lse_slc = selected(q, k, v, ids, block_size=block_size, block_counts=counts, return_lse=True, **shared)
+        o_win, lse_win = sliding_window_attention(q, k_win, v_win, window_size=window_size, return_lse=True, **shared)
         g_cmp, g_slc, g_win = gates.unbind(-1)
         o = _gated(g_cmp, o_cmp, lse_cmp) + _gated(g_slc, o_slc, lse_slc) + _gated(g_win, o_win, lse_win)
         return o.to(q.dtype)

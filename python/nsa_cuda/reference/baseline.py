@@ -75,9 +75,7 @@ def selected_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in q's dtype, from o and lse of `selected_attention`, do [.., Hq, Dv] and dlse [.., Hq] (None: zero)."""
     softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
-    parts = selected_parts(
-        q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k
-    )
+    parts = selected_parts(q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k)
     if dlse is None:
         dlse = torch.zeros_like(lse)
     dtype = compute_dtype(q.dtype)

@@ -38,9 +38,7 @@ def block_scores(p: Tensor, number: int, kernel_size: int, kernel_stride: int, b
     return scores
 
 
-def ranked_ids(
-    scores: Tensor, candidate: Tensor, forced: Tensor, topk: int
-) -> Tensor:
+def ranked_ids(scores: Tensor, candidate: Tensor, forced: Tensor, topk: int) -> Tensor:
     """int32 [..., topk], ascending, -1-padded: the forced candidates, then those of the largest scores, ties to the smaller id."""
     number = scores.shape[-1]
     rank = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))

@@ -1,0 +1,244 @@
+"""torch operators over the C++ module: schemas, fake implementations, gradients. The only place that allocates.
+
+`nsa_cuda::selected_attention_forward` and `_backward` are opaque to torch.compile. Library.define/impl costs 14 us a call,
+custom_op 22; register_autograd costs 54 with gradients, a hand-made autograd.Function 80.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsa_cuda import _debug
+from nsa_cuda._checks import lse_dtype
+
+BACKENDS = {None: 0, "cpu": 1, "sm80": 2, "sm90": 3}  # nsa::Backend
+_DEVICES = {"cpu": 0, "cuda": 1}  # nsa::Device
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # nsa::Dtype
+_ALIGNMENT = 16  # bytes: what the CUDA kernels load at once
+
+_PROBLEM = (
+    "Tensor block_indices, Tensor? block_counts, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offsets, "
+    "SymInt? q_offset, SymInt? block_count, SymInt block_size, bool causal, float softmax_scale, int backend"
+)
+_library = torch.library.Library("nsa_cuda", "FRAGMENT")
+for _schema in (
+    f"selected_attention_forward(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor o, Tensor lse)",
+    "selected_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dout, Tensor? dlse, "
+    f"{_PROBLEM}, bool need_dq, bool need_dk, bool need_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
+):
+    # Strides reach the kernels as they are: the compiler must not choose others.
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+selected_attention_forward = torch.ops.nsa_cuda.selected_attention_forward.default
+selected_attention_backward = torch.ops.nsa_cuda.selected_attention_backward.default
+
+
+@cache
+def native() -> ModuleType:
+    """The C++ module, imported at first use: nsa_cuda.reference works from a source tree without it."""
+    try:
+        from nsa_cuda import _C
+    except ImportError as error:
+        raise ImportError(
+            f"nsa_cuda's compiled module can't be imported ({error}). Build it with `pip install .` (or `pip install -e .`) in "
+            'the source tree; backend="reference" and nsa_cuda.reference work without it.'
+        ) from error
+    return _C
+
+
+def _loadable(x: Tensor) -> Tensor:
+    """x, or a contiguous copy where the kernels can't read it: last dim strided, or on CUDA not 16-byte aligned."""
+    strides = x.stride()
+    good = strides[-1] == 1 or x.shape[-1] == 1
+    if good and x.is_cuda:
+        size = x.element_size()
+        good = x.data_ptr() % _ALIGNMENT == 0 and not any(s * size % _ALIGNMENT for s in strides[:-1])
+    return x if good else x.clone(memory_format=torch.contiguous_format)
+
+
+def _tensor(x: Tensor | None) -> tuple[int, int, int, int]:
+    """Address and strides of [B, T, H, D] or [total, H, D]."""
+    if x is None:
+        return 0, 0, 0, 0
+    strides = x.stride()
+    return (x.data_ptr(), *strides[:3]) if len(strides) == 4 else (x.data_ptr(), 0, *strides[:2])
+
+
+def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
+    """Address and strides of [B, T, H] or [total, H]."""
+    if x is None:
+        return 0, 0, 0, 0
+    strides = x.stride()
+    return (x.data_ptr(), *strides) if len(strides) == 3 else (x.data_ptr(), 0, *strides)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    q_offsets: Tensor | None,
+    q_offset: int | None,
+    block_count: int | None,
+    block_size: int,
+    causal: bool,
+    softmax_scale: float,
+    backend: int,
+) -> Any:
+    packed = cu_seqlens_q is not None
+    index_strides = block_indices.stride()
+    count_strides: tuple[int, ...] = (0, 0, 0) if block_counts is None else block_counts.stride()
+    if packed:
+        index_strides = (0, *index_strides)
+        count_strides = (0, *count_strides)[-3:]
+    return native().Problem(
+        _DEVICES[q.device.type],
+        backend,
+        _DTYPES[q.dtype],
+        len(cu_seqlens_q) - 1 if cu_seqlens_q is not None else q.shape[0],
+        q.shape[-3],
+        k.shape[-3],
+        q.shape[-2],
+        k.shape[-2],
+        q.shape[-1],
+        v.shape[-1],
+        block_size,
+        block_indices.shape[-1],
+        causal,
+        softmax_scale,
+        _address(cu_seqlens_q),
+        _address(cu_seqlens_k),
+        _address(q_offsets),
+        q_offset is not None,
+        q_offset or 0,
+        (block_indices.data_ptr(), block_indices.dtype == torch.int64, *index_strides),
+        (_address(block_counts), block_counts is not None and block_counts.dtype == torch.int64, *count_strides),
+        -1 if block_count is None else max(0, block_count),
+    )
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return nullcontext()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _workspace(size: int, device: torch.device) -> Tensor | None:
+    return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+    indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings = problem
+    _debug.check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
+    _debug.check_finite(cu_seqlens_q, cu_seqlens_k, q, k, v)
+    device = q.device
+    # The vectors of offsets are strided where a caller expanded or sliced them; they are short.
+    cu_seqlens_q, cu_seqlens_k, q_offsets = (_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, q_offsets))
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
+    with _on_device(device):
+        c = native()
+        p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
+        o, lse = _fake_forward(q, k, v)
+        size = c.forward_workspace(p, True)
+        workspace = _workspace(size, device)
+        c.forward(
+            p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _address(workspace), size, _stream(device),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if device.type == "cuda" and _debug.enabled():
+            torch.cuda.synchronize(device)
+    return o, lse
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, *problem: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *problem, need_dq, need_dk, need_dv = problem
+    indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings = problem
+    device = q.device
+    cu_seqlens_q, cu_seqlens_k, q_offsets = (_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, q_offsets))
+    if dout is None:
+        dout = torch.zeros_like(o)
+    q, k, v, o, dout = (_loadable(x) for x in (q, k, v, o, dout))
+    with _on_device(device):
+        c = native()
+        p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
+        gradients = _fake_backward(q, k, v, None, None, None, None, need_dq, need_dk, need_dv)
+        dq, dk, dv = (x if need else None for x, need in zip(gradients, (need_dq, need_dk, need_dv)))
+        size = c.backward_workspace(p, need_dq, need_dk, need_dv, dlse is not None)
+        workspace = _workspace(size, device)
+        c.backward(
+            p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _tensor(dout), _rows(dlse), _tensor(dq),
+            _tensor(dk), _tensor(dv), _address(workspace), size, _stream(device), torch.get_num_threads(),
+        )  # fmt: skip
+        if device.type == "cuda" and _debug.enabled():
+            torch.cuda.synchronize(device)
+    return gradients
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
+    o = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return o, q.new_empty(q.shape[:-1], dtype=lse_dtype(q.dtype))
+
+
+def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients that nobody needs are empty: an operator returns tensors, not None."""
+    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), arguments[-3:]))
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *problem = inputs
+    tensors, ctx.settings = problem[:5], problem[5:]
+    ctx.save_for_backward(q, k, v, *output, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, o, lse, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    no_gradients = [None] * (len(tensors) + len(ctx.settings))
+    if dout is None and dlse is None:
+        return None, None, None, *no_gradients
+    gradients = selected_attention_backward(q, k, v, o, lse, dout, dlse, *tensors, *ctx.settings, *needs)
+    return *(x if need else None for x, need in zip(gradients, needs)), *no_gradients
+
+
+def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> Any:
+    raise NotImplementedError(
+        "nsa_cuda.selected_attention has no second derivative: its backward can't be differentiated"
+    )
+
+
+for _op, _function, _fake in (
+    ("selected_attention_forward", _forward, _fake_forward),
+    ("selected_attention_backward", _backward, _fake_backward),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_op, _function, _key)
+    torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)
+torch.library.register_autograd(
+    "nsa_cuda::selected_attention_forward", _autograd_backward, setup_context=_setup_context, lib=_library
+)
+torch.library.register_autograd("nsa_cuda::selected_attention_backward", _no_double_backward, lib=_library)
