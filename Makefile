@@ -9,7 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find csrc cmake -type f) $(shell find python -name '*.py*' -not -path '*/__pycache__/*')
+BUILD_INPUTS := CMakeLists.txt pyproject.toml $(shell find csrc cmake -type f)
 CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test bench lint format clean install
@@ -24,7 +24,7 @@ bench: install
 	$(BIN)/python -m benchmarks.selected $(BENCH_ARGS)
 
 install: $(VENV)/.installed
-	@$(BIN)/python -m nsa_cuda | head -3
+	@$(BIN)/python -m nsa_cuda | sed -n 1,3p
 
 $(VENV)/.tools: scripts/make_venv.py
 	$(PYTHON) scripts/make_venv.py $(VENV) "$(TORCH)"

@@ -48,9 +48,6 @@ function(nsa_add_cuda_kernels target)
   nsa_cuda_flags(${target})
   target_include_directories(${target} PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/instances
     ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
-  string(REGEX MATCH "^[0-9]+\\.[0-9]+" toolkit "${CMAKE_CUDA_COMPILER_VERSION}")
-  set_property(SOURCE csrc/host/build_info.cpp APPEND PROPERTY COMPILE_DEFINITIONS
-    "NSA_CUDA_ARCHITECTURES=\"${CMAKE_CUDA_ARCHITECTURES}\"" "NSA_CUDA_TOOLKIT=\"${toolkit}\"")
   target_compile_definitions(${target} PRIVATE NSA_WITH_CUDA)
   # Symbols of the static CUDA runtime stay inside.
   target_link_options(${target} PRIVATE LINKER:--exclude-libs,ALL)

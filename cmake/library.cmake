@@ -21,7 +21,6 @@ target_include_directories(nsa_cuda
   PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(nsa_cuda PUBLIC cxx_std_17)
 target_compile_options(nsa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
-target_compile_definitions(nsa_cuda PRIVATE NSA_VERSION="${NSA_VERSION}")
 # OpenMP's runtime is linked by its plain name. Where torch ships the same name (libgomp.so.1) and is loaded first, the process
 # has one runtime; otherwise two live side by side, each with its own threads, and every call says how many it wants.
 target_link_libraries(nsa_cuda PRIVATE OpenMP::OpenMP_CXX)
@@ -30,6 +29,21 @@ if(NSA_CUDA_ENABLED)
   include(cmake/instances.cmake)
   nsa_add_cuda_kernels(nsa_cuda)
 endif()
+
+# What the build-info functions of nsa.h report.
+set(nsa_toolkit "")
+set(nsa_architectures "")
+if(NSA_CUDA_ENABLED)
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" nsa_toolkit "${CMAKE_CUDA_COMPILER_VERSION}")
+  set(nsa_architectures "${CMAKE_CUDA_ARCHITECTURES}")
+endif()
+file(CONFIGURE OUTPUT generated/build_values.h @ONLY CONTENT [[
+#pragma once
+#define NSA_VERSION "@PROJECT_VERSION@"
+#define NSA_CUDA_ARCHITECTURES "@nsa_architectures@"
+#define NSA_CUDA_TOOLKIT "@nsa_toolkit@"
+]])
+target_include_directories(nsa_cuda PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/generated)
 
 if(NOT SKBUILD)
   # Before 1.0 a minor version may change the structs. A wheel has no place for the links that SOVERSION needs.

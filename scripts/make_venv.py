@@ -1,7 +1,7 @@
 """Make the virtual environment that the Makefile works in: ``make_venv.py FOLDER TORCH_REQUIREMENT``.
 
-Where this interpreter already has a torch that the package accepts, the new environment sees it (and everything beside it)
-instead of installing another: a GPU machine keeps the torch that fits its driver, and no network is needed.
+Where this interpreter already has a torch that the package accepts, the new environment sees it (and everything
+beside it) instead of installing another: a GPU machine keeps the torch that fits its driver, and no network is needed.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ def has_torch() -> bool:
 
 
 def share_packages(folder: Path) -> None:
-    """Let the environment see this interpreter's packages, also where this interpreter is in a virtual environment itself."""
+    """Let the environment see this interpreter's packages, also where that is a virtual environment itself."""
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     own = next(folder.glob("lib/python*/site-packages"))
     (own / "zz_parent_packages.pth").write_text("\n".join(packages) + "\n")

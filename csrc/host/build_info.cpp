@@ -1,6 +1,7 @@
-// What this build holds. The values come from CMake.
+// What this build holds. CMake writes build_values.h.
 #include <iterator>
 
+#include "build_values.h"
 #include "host/status.h"
 
 #ifdef NSA_WITH_CUDA
@@ -21,15 +22,14 @@ constexpr int kNumCpuKernels = static_cast<int>(std::size(kCpuKernels));
 
 const char* version() { return NSA_VERSION; }
 
-#ifdef NSA_WITH_CUDA
-bool built_with_cuda() { return true; }
 const char* cuda_architectures() { return NSA_CUDA_ARCHITECTURES; }
 const char* cuda_toolkit() { return NSA_CUDA_TOOLKIT; }
+
+#ifdef NSA_WITH_CUDA
+bool built_with_cuda() { return true; }
 int num_compiled_kernels() { return kNumCpuKernels + cuda::num_compiled_kernels(); }
 #else
 bool built_with_cuda() { return false; }
-const char* cuda_architectures() { return ""; }
-const char* cuda_toolkit() { return ""; }
 int num_compiled_kernels() { return kNumCpuKernels; }
 #endif
 

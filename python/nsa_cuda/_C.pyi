@@ -1,4 +1,5 @@
-# The C++ module (csrc/binding/module.cpp): nsa.h with tensors as numbers. Addresses are ints, 0 is null; strides count elements.
+# The C++ module (csrc/binding/module.cpp): nsa.h with tensors as numbers.
+# Addresses are ints, 0 is null; strides count elements.
 # ValueError: an argument that can't be right; NotImplementedError: no kernel for it here; RuntimeError: CUDA refused.
 
 TensorTuple = tuple[int, int, int, int]  # address, batch_stride, row_stride, head_stride
