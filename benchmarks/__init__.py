@@ -1,0 +1,1 @@
+"""Benchmarks of nsa_cuda: `python -m benchmarks.selected --help`."""

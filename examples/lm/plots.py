@@ -1,0 +1,59 @@
+"""The two pictures: loss curves, and which blocks the queries of one held-out window selected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import torch
+from torch import Tensor
+
+from .train import Run
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+_COLOURS = ("#1f77b4", "#d95f02")
+
+
+def _smooth(values: list[float], decay: float = 0.97) -> list[float]:
+    """Exponential mean without the bias towards its start."""
+    mean, weight, smooth = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        smooth.append(mean / weight)
+    return smooth
+
+
+def plot_losses(runs: list[Run], path: Path) -> None:
+    """Training loss (line, smoothed) and held-out loss (dots), bits per byte over steps."""
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for run, colour in zip(runs, _COLOURS, strict=False):
+        axes.plot(range(1, len(run.losses) + 1), _smooth(run.losses), color=colour, label=f"{run.name}, training")
+        steps, losses = zip(*run.held_out, strict=True)
+        axes.plot(steps, losses, "o", color=colour, markersize=5, label=f"{run.name}, held-out files")
+    lowest = min(loss for run in runs for _, loss in run.held_out)
+    axes.set(xlabel="step", ylabel="bits per byte", ylim=(lowest - 0.3, 5.0), title="NSA and its dense twin")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def plot_selection(blocks: Tensor, block_size: int, path: Path) -> None:
+    """Which blocks each query selected: ``blocks`` int ``[T, Hkv, n]``, negative entries empty; a panel per kv head.
+
+    The diagonal is the query's own block and the one before, the column on the left the forced first block.
+    """
+    rows, heads, _ = blocks.shape
+    columns = -(-rows // block_size)
+    figure, panels = pyplot.subplots(1, heads, figsize=(1.0 + 5.5 * heads, 5.5), layout="constrained", squeeze=False)
+    for head, axes in enumerate(panels[0]):
+        chosen = torch.zeros(rows, columns + 1)
+        entries = blocks[:, head].long().cpu()
+        chosen.scatter_(1, torch.where(entries < 0, columns, entries), 1.0)  # the last column takes the empty entries
+        axes.imshow(chosen[:, :columns], aspect="auto", cmap="Blues", interpolation="nearest", vmin=0, vmax=1.2)
+        axes.set(xlabel=f"key block ({block_size} bytes each)", ylabel="query position", title=f"kv head {head}")
+    figure.suptitle("Blocks selected in the last layer, one held-out window")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
