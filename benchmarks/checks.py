@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import nsa_cuda.reference
+import nsa_cuda
 import torch
+from nsa_cuda.attention import Backend
 from torch import Tensor
 
 from .methods import Inputs, ours_forward
@@ -20,14 +21,13 @@ def _oracle_row(inputs: Inputs, block_indices: Tensor, shape: Shape, row: int) -
     """float64 (o, dq) of one query of the first sequence: [Hq, Dv], [Hq, Dk]."""
     q = inputs.q[:1, row : row + 1].detach().double().requires_grad_()
     k, v = (x[:1, : row + 1].detach().double() for x in (inputs.k, inputs.v))
-    o = nsa_cuda.reference.selected_attention(
-        q, k, v, block_indices[:1, row : row + 1], block_size=shape.block_size, q_offset=row
-    )
+    lists = block_indices[:1, row : row + 1]
+    o = nsa_cuda.selected_attention(q, k, v, lists, block_size=shape.block_size, q_offset=row, backend="reference")
     (dq,) = torch.autograd.grad(o, q, inputs.dout[:1, row : row + 1].double())
     return o[0, 0].detach(), dq[0, 0]
 
 
-def check(inputs: Inputs, block_indices: Tensor, shape: Shape, backend: str | None, backward: bool = True) -> float:
+def check(inputs: Inputs, block_indices: Tensor, shape: Shape, backend: Backend | None, backward: bool = True) -> float:
     """Compares a few rows of o and dq with the float64 oracle, and dk, dv through two sums; returns the largest error.
 
     Sums that hold for any softmax attention: over the keys, dv adds up to dout over the queries (of the rows that see a

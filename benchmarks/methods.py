@@ -10,6 +10,7 @@ from typing import Any
 import nsa_cuda
 import torch
 import torch.nn.functional as F
+from nsa_cuda.attention import Backend
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -56,14 +57,15 @@ def _backward_of(o: Tensor, leaves: tuple[Tensor, ...], dout: Tensor) -> Call:
     return lambda: torch.autograd.grad(o, leaves, dout, retain_graph=True)
 
 
-def ours_forward(inputs: Inputs, block_indices: Tensor, block_size: int, backend: str | None) -> Tensor:
-    return nsa_cuda.selected_attention(
+def ours_forward(inputs: Inputs, block_indices: Tensor, block_size: int, backend: Backend | None) -> Tensor:
+    o: Tensor = nsa_cuda.selected_attention(
         inputs.q, inputs.k, inputs.v, block_indices, block_size=block_size, backend=backend
     )
+    return o
 
 
 def ours(
-    sets: Sequence[Inputs], block_indices: Tensor, shape: Shape, backend: str | None
+    sets: Sequence[Inputs], block_indices: Tensor, shape: Shape, backend: Backend | None
 ) -> tuple[list[Call], list[Call]]:
     """(forward calls, backward calls), one of each per input set."""
 
@@ -131,7 +133,7 @@ def dense(sets: Sequence[Inputs], shape: Shape, backend: SDPBackend | None) -> t
         return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        options: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         if backend is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
         with sdpa_kernel([backend]):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -171,7 +172,7 @@ class Bench:
                     key = (method, operation, shape.heads_q, shape.dim_qk, shape.dim_v)
                     self._dense_ms[key] = (shape.seqlen, timing.milliseconds)
 
-            self._both(lambda backend=backend: methods.dense(sets, shape, backend), add, skip)
+            self._both(partial(methods.dense, sets, shape, backend), add, skip)
 
     def shape(self, shape: Shape, given: Tensor | None) -> None:
         print(f"\n### {shape.title}\n", flush=True)

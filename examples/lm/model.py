@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import nsa_cuda
 import torch
@@ -69,7 +70,7 @@ class SparseAttention(_Projections):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        sizes = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+        sizes: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
         self.compress_k = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
         self.compress_v = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
         self.gates = nn.Linear(config.width, config.heads * 3)
@@ -97,7 +98,7 @@ class SparseAttention(_Projections):
     def selected_blocks(self, x: Tensor) -> Tensor:
         """The block lists that ``forward`` uses: int32 ``[B, T, Hkv, n]``, padded with -1."""
         q, _, _, k_cmp, v_cmp = self._inputs(x)
-        sizes = {"kernel_size": self.config.kernel_size, "kernel_stride": self.config.kernel_stride}
+        sizes: dict[str, Any] = {"kernel_size": self.config.kernel_size, "kernel_stride": self.config.kernel_stride}
         _, lse = nsa_cuda.compressed_attention(q, k_cmp, v_cmp, **sizes, return_lse=True)
         blocks: Tensor = nsa_cuda.select_blocks(
             q, k_cmp, lse, **sizes, block_size=self.config.block_size, topk=self.config.topk
@@ -106,7 +107,9 @@ class SparseAttention(_Projections):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, attention: nn.Module) -> None:
+    """Attention and a two-layer MLP, each after a norm and added to the stream ``[B, T, width]``."""
+
+    def __init__(self, config: ModelConfig, attention: SparseAttention | DenseAttention) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.RMSNorm(config.width), nn.RMSNorm(config.width)
         self.attention = attention
@@ -115,7 +118,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_attention(x))
-        return x + self.down(F.relu(self.up(self.norm_mlp(x))).square())
+        y: Tensor = x + self.down(F.relu(self.up(self.norm_mlp(x))).square())
+        return y
 
 
 class ByteEmbedding(nn.Module):
@@ -154,25 +158,28 @@ class ByteModel(nn.Module):
     def _initialise(self) -> None:
         """Branches and the head start at zero: the first loss is 8 bits and a high learning rate is safe."""
         nn.init.zeros_(self.head.weight)
-        for layer in self.layers:
+        for layer in self._layers():
             nn.init.zeros_(layer.down.weight)
             nn.init.zeros_(layer.attention.out.weight)
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        return self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     @torch.no_grad()
     def selected_blocks(self, tokens: Tensor, layer_index: int = -1) -> Tensor:
         """Block lists of one layer for ``tokens`` ``[B, T]``: int32 ``[B, T, Hkv, n]`` (sparse models only)."""
-        x = self.embed(tokens)
-        layers = list(self.layers)
+        layers = self._layers()
         chosen = layers[layer_index]
-        for layer in layers:
-            if layer is chosen:
-                break
+        if not isinstance(chosen.attention, SparseAttention):
+            raise TypeError("only a sparse model selects blocks")
+        x = self.embed(tokens)
+        for layer in layers[: layers.index(chosen)]:
             x = layer(x)
-        blocks: Tensor = chosen.attention.selected_blocks(chosen.norm_attention(x))
-        return blocks
+        return chosen.attention.selected_blocks(chosen.norm_attention(x))
