@@ -1,0 +1,122 @@
+// The backward's steps around the two attention kernels: delta before them; the sum of partial tiles and the zeros of keys that
+// belong to no sequence behind them.
+#include <cuda_runtime.h>
+
+#include <utility>
+
+#include "common/kernel_args.h"
+#include "device/ptx.cuh"
+
+namespace nsa::cuda {
+namespace {
+
+using device::Half;
+using device::kFullWarp;
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+// 8 elements a lane: Dv / 8 lanes share a (row, head).
+template <typename Element>
+__global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, TensorArg lse, TensorArg dlse, int total_q,
+                                                 int num_heads, int lanes, RowStats* stats) {
+  const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int64_t item = thread / lanes;
+  const int lane = static_cast<int>(thread - item * lanes);
+  float sum = 0;
+  const bool real = item < static_cast<int64_t>(total_q) * num_heads;
+  const int row = real ? static_cast<int>(item / num_heads) : 0;
+  const int head = real ? static_cast<int>(item - static_cast<int64_t>(row) * num_heads) : 0;
+  if (real) {
+    const uint4 a = *reinterpret_cast<const uint4*>(o.at(row, head) + lane * 16);
+    const uint4 b = *reinterpret_cast<const uint4*>(dout.at(row, head) + lane * 16);
+    const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 f = Half<Element>::unpack(x[i]), g = Half<Element>::unpack(y[i]);
+      sum += f.x * g.x + f.y * g.y;
+    }
+  }
+  for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
+  if (!real || lane != 0) return;
+  const float value = *reinterpret_cast<const float*>(lse.at(row, head));
+  const bool dead = value == -INFINITY;  // its dout and dlse may hold anything
+  if (dlse.data && !dead) sum -= *reinterpret_cast<const float*>(dlse.at(row, head));
+  stats[item] = {dead ? INFINITY : value * kLog2e, dead ? 0.f : sum};
+}
+
+// One CTA a (list, part of its tile); lists that fit in one item have written dk and dv themselves.
+template <typename Element>
+__global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int dv) {
+  const int list = blockIdx.x;
+  const uint64_t begin = a.index.work_begin[list];
+  const int chunks = static_cast<int>(static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(begin));
+  if (chunks <= 1) return;
+  const int head = list / a.plan.num_blocks;
+  const int2 block = a.plan.blocks[list - head * a.plan.num_blocks];
+  const int dims = dk + dv;
+  const int64_t tile = static_cast<int64_t>(a.plan.block_size) * dims;
+  const float* first = a.partials + static_cast<int64_t>(begin >> 32) * tile;
+  for (int i = 4 * (blockIdx.y * blockDim.x + threadIdx.x); i < block.y * dims; i += 4 * gridDim.y * blockDim.x) {
+    const int key = i / dims, dim = i - key * dims;
+    float4 sum = {0, 0, 0, 0};
+    for (int c = 0; c < chunks; ++c) {
+      const float4 x = *reinterpret_cast<const float4*>(first + c * tile + i);
+      sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    }
+    const bool is_k = dim < dk;
+    const TensorArg& out = is_k ? a.dk : a.dv;
+    if (!out.data) continue;
+    const float scale = is_k ? a.scale : 1.f;
+    *reinterpret_cast<uint2*>(out.at(block.x + key, head) + 2 * (is_k ? dim : dim - dk)) = {
+        Half<Element>::pack(sum.x * scale, sum.y * scale), Half<Element>::pack(sum.z * scale, sum.w * scale)};
+  }
+}
+
+__global__ void __launch_bounds__(256) clear_rows(TensorArg out, const int32_t* key_begin, int batch, int total_k, int num_heads,
+                                                  int chunks) {
+  const int begin = key_begin[0], end = key_begin[batch];
+  const int64_t dead = static_cast<int64_t>(begin) + total_k - end;
+  const int64_t count = dead * num_heads * chunks;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t item = i / chunks;
+    const int nth = static_cast<int>(item / num_heads);
+    const int row = nth < begin ? nth : nth - begin + end;
+    char* at = out.at(row, static_cast<int>(item - static_cast<int64_t>(nth) * num_heads)) + 16 * (i - item * chunks);
+    *reinterpret_cast<uint4*>(at) = {0, 0, 0, 0};
+  }
+}
+
+}  // namespace
+
+Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats, cudaStream_t stream) {
+  const SelectedAttentionProblem& p = args.problem;
+  const int lanes = static_cast<int>(p.head_dim_v / 8);
+  const int64_t threads = static_cast<int64_t>(plan.total_q) * p.num_heads_q * lanes;
+  const TensorArg o = tensor_arg(args.o, p, p.seqlen_q, 2), dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
+  const TensorArg lse = tensor_arg(args.lse, p, p.seqlen_q, 4), dlse = tensor_arg(args.dlse, p, p.seqlen_q, 4);
+  auto* kernel = dtype == Dtype::kBFloat16 ? row_stats<__nv_bfloat16> : row_stats<__half>;
+  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(o, dout, lse, dlse, plan.total_q,
+                                                                           static_cast<int>(p.num_heads_q), lanes, stats);
+  return cuda_status(cudaGetLastError(), "selected attention backward: delta");
+}
+
+Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
+  if (args.index.max_partials == 0) return {};
+  const dim3 grid(args.index.num_lists, args.plan.block_size >= 64 ? 8 : 2);
+  if (dtype == Dtype::kBFloat16) sum_partials<__nv_bfloat16><<<grid, 256, 0, stream>>>(args, dk, dv);
+  else sum_partials<__half><<<grid, 256, 0, stream>>>(args, dk, dv);
+  return cuda_status(cudaGetLastError(), "selected attention backward: adding partial tiles");
+}
+
+Status clear_dead_keys(const SelectedAttentionProblem& p, const BackwardArgs& args, cudaStream_t stream) {
+  if (!p.cu_seqlens_k || args.plan.total_k == 0) return {};
+  for (const auto& [out, dim] : {std::pair{&args.dk, p.head_dim_qk}, std::pair{&args.dv, p.head_dim_v}}) {
+    if (!out->data) continue;
+    clear_rows<<<264, 256, 0, stream>>>(*out, args.plan.key_begin, static_cast<int>(p.batch), args.plan.total_k,
+                                        args.num_heads_k, static_cast<int>(dim / 8));
+  }
+  return cuda_status(cudaGetLastError(), "selected attention backward: clearing keys outside the sequences");
+}
+
+}  // namespace nsa::cuda

@@ -1,0 +1,68 @@
+// The arguments of the attention kernels, in the form the device needs them.
+#pragma once
+
+#include <climits>
+
+#include "common/plan.h"
+
+namespace nsa::cuda {
+
+// Elements of 16 bits, [rows of all sequences, heads, dim]; a row's offset needs its batch only where batches don't follow
+// each other at a whole number of rows.
+struct TensorArg {
+  char* data;
+  int64_t batch_bytes, row_bytes, head_bytes;
+  int rows_per_batch;  // INT_MAX: rows follow each other through all batches
+
+#ifdef __CUDACC__
+  __device__ __forceinline__ int64_t row_offset(int row) const {
+    if (row < rows_per_batch) return row * row_bytes;
+    const int batch = row / rows_per_batch;
+    return batch * batch_bytes + (row - batch * rows_per_batch) * row_bytes;
+  }
+  __device__ __forceinline__ char* at(int row, int head) const { return data + row_offset(row) + head * head_bytes; }
+#endif
+};
+
+TensorArg tensor_arg(const Tensor& tensor, const SelectedAttentionProblem& problem, int64_t rows, int element_bytes);
+
+// Of a query row and head, for the backward: one 8-byte load.
+struct RowStats {
+  float lse2;   // lse * log2(e); +inf on dead rows, so that exp2(s - lse2) is 0
+  float delta;  // sum(dout * o) - dlse
+};
+
+struct ForwardArgs {
+  Plan plan;
+  TensorArg q, k, v, o;
+  TensorArg lse;  // float; data null: not wanted
+  int num_heads_k, group;  // Hkv, G
+  float scale_log2;        // softmax_scale * log2(e)
+};
+
+struct BackwardArgs {
+  Plan plan;
+  InvertedIndex index;
+  TensorArg q, k, v, dout;
+  TensorArg dq, dk, dv;   // data null: not wanted
+  const RowStats* stats;  // [total_q, Hq]
+  float* partials;        // [max_partials, l', Dk + Dv]
+  int num_heads_k, group;
+  float scale, scale_log2;
+};
+
+// Launches one compiled kernel; picks stages for the device's shared memory by itself.
+struct Launch {
+  int shared_memory;   // bytes a CTA may ask for
+  int num_sms;
+  cudaStream_t stream;
+};
+using ForwardKernel = Status (*)(const ForwardArgs&, const Launch&);
+using BackwardKernel = Status (*)(const BackwardArgs&, const Launch&);
+
+// common/backward_steps.cu
+Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats, cudaStream_t stream);
+Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
+Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);
+
+}  // namespace nsa::cuda

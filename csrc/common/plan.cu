@@ -1,0 +1,323 @@
+// Fills a Plan: repaired sequences, the table of blocks, and the callers' lists made ascending and unique.
+#include "common/plan.h"
+
+#include <cuda_runtime.h>
+
+#include <cub/block/block_scan.cuh>
+
+#include "device/ptx.cuh"
+
+namespace nsa::cuda {
+namespace {
+
+using device::kFullWarp;
+
+constexpr int kSequenceThreads = 256;
+constexpr int kListWarps = 4;
+constexpr int kWindowWords = 1024;  // 32768 blocks a pass, 4 KiB of shared memory a warp
+
+struct Sequences {
+  const int32_t* cu_q;         // [B + 1] as the caller gave them, or null
+  const int32_t* cu_k;
+  int32_t* q_begin;            // [B + 1] repaired
+  int32_t* key_begin;          // [B + 1]
+  int32_t* block_begin;        // [B + 1]
+  int batch;
+};
+
+struct ListArgs {
+  Sequences sequences;
+  const void* indices;
+  const int32_t* counts;
+  const int32_t* q_offsets;
+  int64_t index_batch, index_row, index_head, index_entry;
+  int64_t count_batch, count_row, count_head;
+  int64_t count;      // for every row, where counts is null
+  int64_t q_offset;   // where has_q_offset and q_offsets is null
+  bool index_is_int64, has_q_offset, causal;
+  int batch, seqlen_q, seqlen_k, num_heads;
+  int32_t* lists;
+  int32_t* last_key;
+};
+
+// Running maximum of cu_seqlens clamped to [0, total], and the blocks before each sequence. One CTA.
+__global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s, int total_q, int total_k, int block_size) {
+  using Scan = cub::BlockScan<int, kSequenceThreads>;
+  __shared__ typename Scan::TempStorage scan;
+  struct Max {
+    __device__ int operator()(int a, int b) const { return a > b ? a : b; }
+  };
+  auto repair = [&](const int32_t* cu, int32_t* out, int total) {
+    int carry = 0;
+    for (int base = 0; base <= s.batch; base += kSequenceThreads) {
+      const int i = base + threadIdx.x;
+      int value = i <= s.batch ? min(max(cu[i], 0), total) : 0;
+      int running, highest;
+      Scan(scan).InclusiveScan(value, running, Max{}, highest);
+      __syncthreads();
+      if (i <= s.batch) out[i] = max(running, carry);
+      carry = max(carry, highest);
+    }
+    __syncthreads();
+  };
+  repair(s.cu_q, s.q_begin, total_q);
+  repair(s.cu_k, s.key_begin, total_k);
+  int carry = 0;
+  for (int base = 0; base <= s.batch; base += kSequenceThreads) {
+    const int i = base + threadIdx.x;
+    const int blocks = i < s.batch ? (s.key_begin[i + 1] - s.key_begin[i] + block_size - 1) / block_size : 0;
+    int before, sum;
+    Scan(scan).ExclusiveSum(blocks, before, sum);
+    __syncthreads();
+    if (i <= s.batch) s.block_begin[i] = carry + before;
+    carry += sum;
+  }
+}
+
+// The sequence that holds `row`: the last b with begin[b] <= row; batch where row lies past them all, -1 before them.
+__device__ int find_sequence(const int32_t* begin, int batch, int row) {
+  int low = 0, high = batch + 1;  // first b with begin[b] > row
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (begin[middle] > row) high = middle;
+    else low = middle + 1;
+  }
+  return low - 1;
+}
+
+__global__ void make_blocks(Sequences s, int num_blocks, int block_size, int seqlen_k, int2* blocks) {
+  const int block = blockIdx.x * blockDim.x + threadIdx.x;
+  if (block >= num_blocks) return;
+  int first, end;
+  if (s.cu_k) {
+    const int b = find_sequence(s.block_begin, s.batch, block);
+    if (b >= s.batch) {
+      blocks[block] = {0, 0};
+      return;
+    }
+    first = s.key_begin[b] + (block - s.block_begin[b]) * block_size;
+    end = s.key_begin[b + 1];
+  } else {
+    const int per_sequence = (seqlen_k + block_size - 1) / block_size;
+    const int b = block / per_sequence;
+    first = b * seqlen_k + (block - b * per_sequence) * block_size;
+    end = (b + 1) * seqlen_k;
+  }
+  blocks[block] = {first, min(block_size, end - first)};
+}
+
+// One row's place: which blocks its entries may name and how far it may see.
+struct RowPlace {
+  int64_t index_offset, count_offset;
+  int first_block;    // number of the sequence's block 0
+  int num_visible;    // blocks that exist and (causal) don't start after p
+  int last_key;       // k row; -1 outside every sequence
+};
+
+__device__ RowPlace place_row(const ListArgs& a, int row, int block_size) {
+  RowPlace place;
+  int b, t, length_q, length_k, key0;
+  if (a.sequences.cu_q) {
+    const Sequences& s = a.sequences;
+    b = find_sequence(s.q_begin, s.batch, row);
+    place.index_offset = row * a.index_row;
+    place.count_offset = row * a.count_row;
+    if (b < 0 || b >= s.batch) {
+      place.first_block = place.num_visible = 0;
+      place.last_key = -1;
+      return place;
+    }
+    t = row - s.q_begin[b];
+    length_q = s.q_begin[b + 1] - s.q_begin[b];
+    key0 = s.key_begin[b];
+    length_k = s.key_begin[b + 1] - key0;
+    place.first_block = s.block_begin[b];
+  } else {
+    b = row / a.seqlen_q;
+    t = row - b * a.seqlen_q;
+    length_q = a.seqlen_q;
+    length_k = a.seqlen_k;
+    key0 = b * length_k;
+    place.first_block = b * ((length_k + block_size - 1) / block_size);
+    place.index_offset = b * a.index_batch + t * a.index_row;
+    place.count_offset = b * a.count_batch + t * a.count_row;
+  }
+  int64_t offset = length_k - length_q;
+  if (a.q_offsets) offset = a.q_offsets[b];
+  else if (a.has_q_offset) offset = a.q_offset;
+  int64_t visible = length_k;  // keys
+  if (a.causal) visible = min(visible, max(t + offset + 1, int64_t{0}));
+  place.num_visible = static_cast<int>((visible + block_size - 1) / block_size);
+  place.last_key = key0 + static_cast<int>(visible) - 1;
+  return place;
+}
+
+__device__ int entry(const ListArgs& a, int64_t offset, int num_visible) {
+  const int64_t id = a.index_is_int64 ? static_cast<const int64_t*>(a.indices)[offset]
+                                      : static_cast<const int32_t*>(a.indices)[offset];
+  return id >= 0 && id < num_visible ? static_cast<int>(id) : kNoBlock;
+}
+
+__device__ int num_entries(const ListArgs& a, const RowPlace& place, int head, int list_width) {
+  const int64_t count = a.counts ? a.counts[place.count_offset + head * a.count_head] : a.count;
+  return static_cast<int>(min(max(count, int64_t{0}), static_cast<int64_t>(list_width)));
+}
+
+// A group of `width` lanes (16 or 32) holds one list of at most `width` entries: an entry's place is the number of smaller ones.
+__global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, Plan plan, int width) {
+  const int group = (blockIdx.x * blockDim.x + threadIdx.x) / width;
+  const int lane = threadIdx.x % width;
+  const int num_groups = gridDim.x * blockDim.x / width;
+  const int64_t num_lists = static_cast<int64_t>(plan.total_q) * a.num_heads;
+  const int64_t rounds = (num_lists + num_groups - 1) / num_groups;  // the same for a whole warp: shuffles inside
+  for (int64_t round = 0; round < rounds; ++round) {
+    const int64_t list = round * num_groups + group;
+    const bool real = list < num_lists;
+    const int row = real ? static_cast<int>(list / a.num_heads) : 0;
+    const int head = real ? static_cast<int>(list - static_cast<int64_t>(row) * a.num_heads) : 0;
+    const RowPlace place = place_row(a, row, plan.block_size);
+    const int count = num_entries(a, place, head, plan.list_width);
+    int id = kNoBlock;
+    if (real && lane < count) id = entry(a, place.index_offset + head * a.index_head + lane * a.index_entry, place.num_visible);
+    const unsigned long long key = (static_cast<unsigned long long>(threadIdx.x % 32 / width) << 32) | static_cast<unsigned>(id);
+    const bool first = __ffs(__match_any_sync(kFullWarp, key)) - 1 == static_cast<int>(threadIdx.x % 32);
+    if (!first) id = kNoBlock;
+    int rank = 0, kept = 0;
+    for (int i = 0; i < width; ++i) {
+      const int other = __shfl_sync(kFullWarp, id, i, width);
+      rank += other < id;
+      kept += other != kNoBlock;
+    }
+    if (!real) continue;
+    int32_t* out = a.lists + (static_cast<int64_t>(head) * plan.total_q + row) * plan.list_width;
+    if (id != kNoBlock) out[rank] = place.first_block + id;
+    if (lane >= kept && lane < plan.list_width) out[lane] = kNoBlock;
+    if (head == 0 && lane == 0) a.last_key[row] = place.last_key;
+  }
+}
+
+// Any number of entries: a warp marks them in a bitmap of the sequence's blocks, a window at a time, and reads it back in order.
+__global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, Plan plan) {
+  __shared__ unsigned bitmaps[kListWarps][kWindowWords];
+  const int lane = threadIdx.x % 32;
+  unsigned* bitmap = bitmaps[threadIdx.x / 32];
+  const int64_t num_lists = static_cast<int64_t>(plan.total_q) * a.num_heads;
+  for (int64_t list = static_cast<int64_t>(blockIdx.x) * kListWarps + threadIdx.x / 32; list < num_lists;
+       list += static_cast<int64_t>(gridDim.x) * kListWarps) {
+    const int row = static_cast<int>(list / a.num_heads);
+    const int head = static_cast<int>(list - static_cast<int64_t>(row) * a.num_heads);
+    const RowPlace place = place_row(a, row, plan.block_size);
+    const int count = num_entries(a, place, head, plan.list_width);
+    const int64_t indices = place.index_offset + head * a.index_head;
+    int32_t* out = a.lists + (static_cast<int64_t>(head) * plan.total_q + row) * plan.list_width;
+    int written = 0;
+    for (int window = 0; window < place.num_visible; window += 32 * kWindowWords) {
+      const int words = min(kWindowWords, (place.num_visible - window + 31) / 32);
+      for (int w = lane; w < words; w += 32) bitmap[w] = 0;
+      __syncwarp();
+      for (int i = lane; i < count; i += 32) {
+        const int id = entry(a, indices + i * a.index_entry, place.num_visible);
+        const int bit = id - window;
+        if (id != kNoBlock && bit >= 0 && bit < 32 * words) atomicOr(&bitmap[bit / 32], 1u << (bit % 32));
+      }
+      __syncwarp();
+      for (int base = 0; base < words; base += 32) {
+        unsigned bits = base + lane < words ? bitmap[base + lane] : 0;
+        const int mine = __popc(bits);
+        int before = mine;
+        for (int step = 1; step < 32; step *= 2) {
+          const int below = __shfl_up_sync(kFullWarp, before, step);
+          if (lane >= step) before += below;
+        }
+        int position = written + before - mine;
+        written += __shfl_sync(kFullWarp, before, 31);
+        for (; bits; bits &= bits - 1) out[position++] = place.first_block + window + (base + lane) * 32 + __ffs(bits) - 1;
+      }
+      __syncwarp();
+    }
+    for (int i = written + lane; i < plan.list_width; i += 32) out[i] = kNoBlock;
+    if (head == 0 && lane == 0) a.last_key[row] = place.last_key;
+  }
+}
+
+// With no entries there are no lists to sort, but rows still need their last_key.
+__global__ void make_last_keys(ListArgs a, Plan plan) {
+  const int row = blockIdx.x * blockDim.x + threadIdx.x;
+  if (row < plan.total_q) a.last_key[row] = place_row(a, row, plan.block_size).last_key;
+}
+
+int grid_size(int64_t threads, int per_block) {
+  const int64_t blocks = (threads + per_block - 1) / per_block;
+  return static_cast<int>(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
+}
+
+}  // namespace
+
+Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver) {
+  Plan plan = {};
+  const bool packed = p.cu_seqlens_q != nullptr;
+  plan.total_q = static_cast<int>(packed ? p.seqlen_q : p.batch * p.seqlen_q);
+  plan.total_k = static_cast<int>(packed ? p.seqlen_k : p.batch * p.seqlen_k);
+  const int64_t per_sequence = (p.seqlen_k + p.block_size - 1) / p.block_size;
+  plan.num_blocks = static_cast<int>(packed ? p.seqlen_k / p.block_size + p.batch : p.batch * per_sequence);
+  plan.block_size = static_cast<int>(p.block_size);
+  plan.list_width = static_cast<int>(p.num_indices);
+  plan.lists = carver.take<int32_t>(static_cast<int64_t>(plan.total_q) * p.num_heads_k * plan.list_width);
+  plan.last_key = carver.take<int32_t>(plan.total_q);
+  plan.blocks = carver.take<int2>(plan.num_blocks);
+  // q_begin, key_begin and block_begin stand one behind the other
+  plan.key_begin = packed ? carver.take<int32_t>(3 * (p.batch + 1)) + (p.batch + 1) : nullptr;
+  return plan;
+}
+
+Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream_t stream) {
+  ListArgs a = {};
+  Sequences& s = a.sequences;
+  s.batch = static_cast<int>(p.batch);
+  if (p.cu_seqlens_q) {
+    s.cu_q = p.cu_seqlens_q;
+    s.cu_k = p.cu_seqlens_k;
+    s.key_begin = const_cast<int32_t*>(plan.key_begin);
+    s.q_begin = s.key_begin - (p.batch + 1);
+    s.block_begin = s.key_begin + (p.batch + 1);
+    repair_sequences<<<1, kSequenceThreads, 0, stream>>>(s, plan.total_q, plan.total_k, plan.block_size);
+  }
+  if (plan.num_blocks > 0) {
+    make_blocks<<<(plan.num_blocks + 255) / 256, 256, 0, stream>>>(s, plan.num_blocks, plan.block_size,
+                                                                   static_cast<int>(p.seqlen_k), const_cast<int2*>(plan.blocks));
+  }
+  a.indices = p.block_indices.data;
+  a.index_is_int64 = p.block_indices.type == IndexType::kInt64;
+  a.index_batch = p.block_indices.batch_stride;
+  a.index_row = p.block_indices.row_stride;
+  a.index_head = p.block_indices.head_stride;
+  a.index_entry = p.block_indices.entry_stride;
+  a.counts = static_cast<const int32_t*>(p.block_counts.data);
+  a.count_batch = p.block_counts.batch_stride;
+  a.count_row = p.block_counts.row_stride;
+  a.count_head = p.block_counts.head_stride;
+  a.count = p.block_count < 0 ? p.num_indices : p.block_count;
+  a.q_offsets = p.q_offsets;
+  a.has_q_offset = p.has_q_offset;
+  constexpr int64_t kFar = int64_t{1} << 40;  // beyond every length, so that t + offset can't overflow
+  a.q_offset = p.q_offset < -kFar ? -kFar : p.q_offset > kFar ? kFar : p.q_offset;
+  a.causal = p.causal;
+  a.batch = static_cast<int>(p.batch);
+  a.seqlen_q = static_cast<int>(p.seqlen_q);
+  a.seqlen_k = static_cast<int>(p.seqlen_k);
+  a.num_heads = static_cast<int>(p.num_heads_k);
+  a.lists = const_cast<int32_t*>(plan.lists);
+  a.last_key = const_cast<int32_t*>(plan.last_key);
+  const int64_t num_lists = static_cast<int64_t>(plan.total_q) * p.num_heads_k;
+  if (plan.list_width == 0) {
+    make_last_keys<<<(plan.total_q + 255) / 256, 256, 0, stream>>>(a, plan);
+  } else if (plan.list_width <= 32) {
+    const int width = plan.list_width <= 16 ? 16 : 32;
+    sort_short_lists<<<grid_size(num_lists * width, 32 * kListWarps), 32 * kListWarps, 0, stream>>>(a, plan, width);
+  } else {
+    sort_long_lists<<<grid_size(num_lists, kListWarps), 32 * kListWarps, 0, stream>>>(a, plan);
+  }
+  return cuda_status(cudaGetLastError(), "selected attention: sorting the block lists");
+}
+
+}  // namespace nsa::cuda

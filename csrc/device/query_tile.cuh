@@ -1,0 +1,244 @@
+// A tile of queries against the union of their blocks: what the forward and dQ share.
+//
+// The (token, head of the group) pairs of one kv head are numbered through, row = token * G + head in group, and cut into tiles of
+// 16 rows a consumer warp: no row is padding, whatever G is. Producer warps walk the union of the tile's block lists and load
+// every K/V block once into a ring of stages; a stage holds kKeys keys: a part of a block, or several blocks smaller than it.
+// Each consumer warp skips the stages that none of its tokens chose and masks the rest row by row.
+#pragma once
+
+#include "common/kernel_args.h"
+#include "device/block_walk.cuh"
+#include "device/tile.cuh"
+
+namespace nsa::device {
+
+template <int kDk_, int kDv_, int kKeys_, int kMaxWarps_, int kProducerWarps_, int kWarpBytes_ = 0>
+struct QueryTileShape {
+  static constexpr int kDk = kDk_, kDv = kDv_;
+  static constexpr int kKeys = kKeys_;                      // keys a stage
+  static constexpr int kMaxWarps = kMaxWarps_;              // consumers
+  static constexpr int kProducerWarps = kProducerWarps_;
+  static constexpr int kWarpBytes = kWarpBytes_;            // a consumer's own shared memory, behind the ring
+  static constexpr int kThreads = 32 * (kMaxWarps + kProducerWarps);
+  static constexpr int kWords = (16 * kMaxWarps + 31) / 32; // tokens of a tile, as bits
+  static constexpr int kParts = kKeys / 16;                 // of 16 keys, the smallest block
+  static constexpr int kKeyBytes = kKeys * Tile<kDk>::kRowBytes;
+  static constexpr int kStageBytes = kKeyBytes + kKeys * Tile<kDv>::kRowBytes;
+
+  // What a stage holds, in 32-bit words: for each of its blocks (or the part of one) the k row of the first key and the tokens
+  // that chose it, as bits; behind them the tile's number, and whether the stage is its last. So consumers keep no place in the
+  // tile loop: those registers decide whether the inner loop spills.
+  static constexpr int kPartWords = 1 + kWords;
+  static constexpr int kInfoWords = kParts * kPartWords + 2;
+  // Shared memory: places, barriers, infos, stages, consumers' own. Only the last offset is unknown to the compiler.
+  static constexpr int kMaxStages = 227 * 1024 / kStageBytes;
+  static constexpr int kBarriers = 8 * 16 * kMaxWarps;  // behind the {token, last key} of every row
+  static constexpr int kInfos = kBarriers + 16 * kMaxStages;
+  static constexpr int kStages = (kInfos + 4 * kInfoWords * kMaxStages + 127) / 128 * 128;
+  static int num_stages(int shared_bytes, int warps) { return (shared_bytes - kStages - warps * kWarpBytes) / kStageBytes; }
+  static int shared_bytes(int stages, int warps) { return kStages + stages * kStageBytes + warps * kWarpBytes; }
+
+  // Consumer warps: as many as leave three stages, but never fewer than four. (One stage works, three hide the latency.)
+  static int choose_warps(int shared_bytes) {
+    int warps = kMaxWarps;
+    while (warps > 4 && num_stages(shared_bytes, warps) < 3) --warps;
+    return warps;
+  }
+};
+
+inline int count_tiles_per_head(int total_q, int group, int warps) {
+  return (total_q * group + 16 * warps - 1) / (16 * warps);  // the host checks that this stays below 2^31
+}
+
+// One tile: 16 * warps rows of one kv head.
+struct QueryTile {
+  int head;         // kv head
+  int first_token, num_tokens;
+  int first_group;  // head in group of the tile's first row
+  int total_q;
+
+  struct Row {
+    bool real;
+    int token, head;  // q row, query head
+  };
+
+  __device__ __forceinline__ QueryTile(int tile, int tiles_per_head, int rows, int total, int group) : total_q(total) {
+    head = tile / tiles_per_head;
+    const int first_row = (tile - head * tiles_per_head) * rows;
+    first_token = first_row / group;
+    first_group = first_row - first_token * group;
+    num_tokens = min((first_group + rows - 1) / group + 1, total - first_token);
+  }
+  __device__ __forceinline__ Row row(int in_tile, int group) const {
+    const int from_token = first_group + in_tile;
+    const int step = from_token / group;
+    return {first_token + step < total_q, first_token + step, head * group + from_token - step * group};
+  }
+};
+
+template <typename Shape>
+struct KeyRing {
+  uint32_t shared;
+  int stages;
+  int stage = 0;
+  unsigned phase = 0;
+
+  __device__ __forceinline__ KeyRing(const char* base, int num_stages) : shared(shared_address(base)), stages(num_stages) {}
+  __device__ __forceinline__ uint32_t full() const { return full(stage); }
+  __device__ __forceinline__ uint32_t empty() const { return empty(stage); }
+  __device__ __forceinline__ uint32_t info() const { return shared + Shape::kInfos + 4 * Shape::kInfoWords * stage; }
+  __device__ __forceinline__ uint32_t tile_info() const { return info() + 4 * Shape::kParts * Shape::kPartWords; }
+
+  __device__ __forceinline__ void init(int consumer_warps) const {
+    for (int s = 0; s < stages; ++s) {
+      barrier_init(full(s), 32 * Shape::kProducerWarps + 1);  // every producer's copies, and the info
+      barrier_init(empty(s), consumer_warps);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  // By consumers: the tile that the next stage belongs to, -1 after the last one.
+  __device__ __forceinline__ int wait_tile() const {
+    barrier_wait(full(), phase);
+    return load_shared(tile_info());
+  }
+  __device__ __forceinline__ bool is_last() const { return load_shared(tile_info() + 4) != 0; }
+  // By thread 0 of the producers, behind its copies.
+  __device__ __forceinline__ void publish(int tile, bool last) const {
+    store_shared(tile_info(), tile);
+    store_shared(tile_info() + 4, last);
+    barrier_arrive(full());
+  }
+  // By a consumer warp, when it is done with the stage.
+  __device__ __forceinline__ void release(int lane) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(empty());
+    advance();
+  }
+  __device__ __forceinline__ uint32_t keys() const { return shared + Shape::kStages + stage * Shape::kStageBytes; }
+  __device__ __forceinline__ uint32_t own(int warp) const {
+    return shared + Shape::kStages + stages * Shape::kStageBytes + warp * Shape::kWarpBytes;
+  }
+  __device__ __forceinline__ uint32_t values() const { return keys() + Shape::kKeyBytes; }
+
+ private:
+  __device__ __forceinline__ uint32_t full(int s) const { return shared + Shape::kBarriers + 16 * s; }
+  __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
+};
+
+// All producer warps walk the union for themselves (cheaper than telling each other) and copy a share of every stage.
+template <typename Shape>
+__device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const cuda::TensorArg& k, const cuda::TensorArg& v,
+                                                   int number, const QueryTile& tile, KeyRing<Shape>& ring, int warp,
+                                                   int lane) {
+  constexpr int kThreads = 32 * Shape::kProducerWarps;
+  const int thread = 32 * warp + lane;
+  const int part = min(plan.block_size, Shape::kKeys);  // keys that a block gives to a stage
+  const int parts = Shape::kKeys / part;                // blocks a stage
+  BlockWalk<Shape::kWords> walk;
+  walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tile.first_token) * plan.list_width, plan.list_width,
+             tile.num_tokens, lane);
+  int block_keys = 0, first_key = 0, done = plan.block_size;  // of the current block; done: keys already given
+  unsigned members[Shape::kWords] = {};
+  bool last;
+  do {
+    barrier_wait(ring.empty(), ring.phase ^ 1);
+    for (int i = 0; i < parts; ++i) {
+      if (done >= plan.block_size) {
+        const int block = walk.next(members);
+        const int2 place = block == cuda::kNoBlock ? int2{0, 0} : __ldg(plan.blocks + block);
+        first_key = place.x;
+        block_keys = place.y;
+        done = 0;
+      }
+      const int valid = min(max(block_keys - done, 0), part);
+      const int key = valid ? first_key + done : 0;
+      copy_rows_async<Shape::kDk, kThreads>(ring.keys() + i * part * Tile<Shape::kDk>::kRowBytes, k.at(key, tile.head),
+                                            k.row_bytes, part, valid, thread);
+      copy_rows_async<Shape::kDv, kThreads>(ring.values() + i * part * Tile<Shape::kDv>::kRowBytes, v.at(key, tile.head),
+                                            v.row_bytes, part, valid, thread);
+      if (thread == 0) {
+        const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
+        store_shared(info, key);
+#pragma unroll
+        for (int w = 0; w < Shape::kWords; ++w) store_shared(info + 4 + 4 * w, valid ? members[w] : 0);
+      }
+      done += part;
+    }
+    last = walk.upcoming() == cuda::kNoBlock && done >= min(block_keys, plan.block_size);
+    barrier_arrive_after_copies(ring.full());
+    if (thread == 0) ring.publish(number, last);
+    ring.advance();
+  } while (!last);
+}
+
+// The producers' whole work: a CTA takes every gridDim.x-th tile.
+template <typename Shape>
+__device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda::TensorArg& k, const cuda::TensorArg& v,
+                                              int num_heads_k, int group, int warps, int tiles_per_head, KeyRing<Shape>& ring,
+                                              int warp, int lane) {
+  // one kv head after the other: its K and V stay in the L2
+  for (int t = blockIdx.x; t < tiles_per_head * num_heads_k; t += gridDim.x) {
+    produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, 16 * warps, plan.total_q, group), ring, warp, lane);
+  }
+  barrier_wait(ring.empty(), ring.phase ^ 1);
+  barrier_arrive_after_copies(ring.full());
+  if (warp == 0 && lane == 0) ring.publish(-1, true);
+}
+
+// Which keys of a stage a lane's two rows (g and g + 8 of the warp's 16) see.
+template <typename Shape>
+struct Visibility {
+  // Of the lane's two rows, in shared memory: {token of the tile, k row of the last key that it may see, -1 where the row doesn't
+  // exist}. Four registers that the inner loop doesn't have.
+  uint32_t places;
+  // Keys seen of every 16 of the stage, 0 to 16, a byte each: they are the first ones of the 16, since a list names whole
+  // blocks and causality and the sequence's end cut off the tail.
+  unsigned seen[2];
+
+  __device__ __forceinline__ Visibility(const KeyRing<Shape>& ring, int warp, int lane)
+      : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
+
+  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, const QueryTile& tile,
+                                          const cuda::Plan& plan) const {
+    // all four lanes of a row write the same
+    store_shared(places + 64 * r, row.real ? row.token - tile.first_token : 0);
+    store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
+  }
+
+  // False where the warp sees nothing of the stage; the same answer in all lanes.
+  __device__ __forceinline__ bool read(const KeyRing<Shape>& ring, int block_size) {
+    const int part = min(block_size, Shape::kKeys);
+    seen[0] = seen[1] = 0;
+#pragma unroll
+    for (int c = 0; c < Shape::kParts; ++c) {
+      const int i = 16 * c / part;
+      const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
+      const int first = load_shared(info) + 16 * c - i * part;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int2 place = load_shared_pair(places + 64 * r);
+        const bool member = (load_shared(info + 4 + 4 * (place.x / 32)) >> (place.x % 32)) & 1;
+        const int keys = member ? min(max(place.y - first + 1, 0), 16) : 0;
+        seen[r] |= static_cast<unsigned>(keys) << (8 * c);
+      }
+    }
+    return __any_sync(kFullWarp, (seen[0] | seen[1]) != 0);
+  }
+
+  __device__ __forceinline__ bool everything() const {
+    constexpr unsigned kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
+    return seen[0] == kAll && seen[1] == kAll;
+  }
+
+  // Whether row r sees column 8 n + 2 t + i of the stage.
+  __device__ __forceinline__ bool sees(int r, int n, int i, int lane) const {
+    return (n % 2) * 8 + 2 * (lane & 3) + i < static_cast<int>((seen[r] >> (8 * (n / 2))) & 0xff);
+  }
+};
+
+}  // namespace nsa::device

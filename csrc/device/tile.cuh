@@ -1,0 +1,143 @@
+// Tiles of 16-bit rows in shared memory and the three products that attention makes of them with m16n8k16 MMAs.
+//
+// Fragments of one warp (lane = 4 g + t): an accumulator acc[n][4] covers 16 x 8 elements: rows g (0, 1) and g + 8 (2, 3),
+// columns 8 n + 2 t + {0, 1}.
+#pragma once
+
+#include "device/ptx.cuh"
+
+namespace nsa::device {
+
+// Rows of kDim elements. The 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that the 8 rows of an ldmatrix matrix hit
+// 8 different bank groups.
+template <int kDim>
+struct Tile {
+  static_assert(kDim % 64 == 0, "a row must be whole 128-byte lines for the swizzle");
+  static constexpr int kRowBytes = 2 * kDim;
+  static constexpr int kChunks = kDim / 8;
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+  }
+};
+
+// Where a lane finds its row of an ldmatrix, for every second 16-byte chunk 2 i + (0 or 1): within 128 bytes the swizzle is an
+// XOR of the address (tiles are 128-byte aligned), beyond them an immediate offset. So a stage costs four XORs, and nothing is
+// worth keeping in registers from one stage to the next.
+struct MatrixRow {
+  uint32_t address;
+  __device__ __forceinline__ MatrixRow(uint32_t row, int odd, int lane) : address(row + ((odd ^ (lane & 7)) << 4)) {}
+  __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
+};
+
+// Copies rows [0, kRows) of kDim elements, spread over kThreads threads; rows >= valid become zeros.
+template <int kDim, int kThreads>
+__device__ __forceinline__ void copy_rows_async(uint32_t tile, const char* source, int64_t row_bytes, int rows, int valid,
+                                                int thread) {
+  constexpr int kChunks = Tile<kDim>::kChunks;
+  if constexpr (kThreads % kChunks == 0) {
+    constexpr int kStep = kThreads / kChunks;  // rows a pass
+    const int chunk = thread % kChunks;
+    int row = thread / kChunks;
+    const char* from = source + row * row_bytes + chunk * 16;
+#pragma unroll 8
+    for (; row < rows; row += kStep, from += kStep * row_bytes) {
+      copy16_async(tile + Tile<kDim>::offset(row, chunk), row < valid ? from : source, row < valid);
+    }
+  } else {
+#pragma unroll 4
+    for (int i = thread; i < rows * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i - row * kChunks;
+      copy16_async(tile + Tile<kDim>::offset(row, chunk), row < valid ? source + row * row_bytes + chunk * 16 : source,
+                   row < valid);
+    }
+  }
+}
+
+// a[16 x kDim] as A operand, kept in shared memory: one k-step of 16.
+template <int kDim>
+struct SharedOperand {
+  MatrixRow row;
+  __device__ __forceinline__ SharedOperand(uint32_t tile, int lane)
+      : row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Tile<kDim>::kRowBytes, lane >> 4, lane) {}
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int step) const { load_matrix(a, row(step)); }
+};
+
+// The same in registers.
+template <int kDim>
+struct RegisterOperand {
+  uint32_t fragments[kDim / 16][4];
+  __device__ __forceinline__ void load(uint32_t (&a)[4], int step) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = fragments[step][i];
+  }
+};
+
+// acc[16 x kRows] += a[16 x kDim] tile[kRows x kDim]^T
+template <typename Element, int kDim, int kRows, typename Operand>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], const Operand& operand, uint32_t tile, int lane) {
+  const MatrixRow row(tile + ((lane & 7) + (lane >> 4) * 8) * Tile<kDim>::kRowBytes, (lane >> 3) & 1, lane);
+#pragma unroll
+  for (int step = 0; step < kDim / 16; ++step) {
+    uint32_t a[4];
+    operand.load(a, step);
+    const uint32_t address = row(step);
+#pragma unroll
+    for (int n = 0; n < kRows / 16; ++n) {
+      uint32_t b[4];
+      load_matrix(b, address + n * 16 * Tile<kDim>::kRowBytes);
+      Half<Element>::mma(acc[2 * n], a, b[0], b[1]);
+      Half<Element>::mma(acc[2 * n + 1], a, b[2], b[3]);
+    }
+  }
+}
+
+// acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a multiple of 64
+template <typename Element, int kDim, int kRows, int kColumns>
+__device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4], uint32_t tile,
+                                         int lane) {
+  const MatrixRow row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Tile<kDim>::kRowBytes, lane >> 4, lane);
+#pragma unroll
+  for (int n = 0; n < kColumns / 16; ++n) {
+    const uint32_t address = row(n);
+#pragma unroll
+    for (int step = 0; step < kRows / 16; ++step) {
+      uint32_t b[4];
+      load_matrix_transposed(b, address + step * 16 * Tile<kDim>::kRowBytes);
+      Half<Element>::mma(acc[2 * n], a[step], b[0], b[1]);
+      Half<Element>::mma(acc[2 * n + 1], a[step], b[2], b[3]);
+    }
+  }
+}
+
+// An accumulator of 16 x kColumns, rounded, as the A operand of the next product.
+template <typename Element, int kColumns>
+__device__ __forceinline__ void round_to_operand(uint32_t (&a)[kColumns / 16][4], const float (&acc)[kColumns / 8][4]) {
+#pragma unroll
+  for (int step = 0; step < kColumns / 16; ++step) {
+    a[step][0] = Half<Element>::pack(acc[2 * step][0], acc[2 * step][1]);
+    a[step][1] = Half<Element>::pack(acc[2 * step][2], acc[2 * step][3]);
+    a[step][2] = Half<Element>::pack(acc[2 * step + 1][0], acc[2 * step + 1][1]);
+    a[step][3] = Half<Element>::pack(acc[2 * step + 1][2], acc[2 * step + 1][3]);
+  }
+}
+
+template <int kColumns>
+__device__ __forceinline__ void clear(float (&acc)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
+  }
+}
+
+// Writes one of a lane's two rows of an accumulator, scaled; `to` is the row's first element.
+template <typename Element, int kColumns>
+__device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns / 8][4], int half, float scale, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    *reinterpret_cast<uint32_t*>(to + 16 * n + 4 * (lane & 3)) =
+        Half<Element>::pack(acc[n][2 * half] * scale, acc[n][2 * half + 1] * scale);
+  }
+}
+
+}  // namespace nsa::device
