@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from accuracy import run
 from cases import Case, named
 from inputs import make
 from poison import poisoned_memory
-from targets import ALL, CPU, CUDA, Target
+from targets import ALL, CPU, CUDA, ONE_EACH, Target
 from test_selected_properties import assert_same_bits
 
 CASES = [
@@ -50,3 +54,35 @@ def test_large_runs_repeat(target: Target):
     first = run(made, target.backend)
     for _ in range(5):
         assert_same_bits(first, run(made, target.backend))
+
+
+@pytest.mark.parametrize("target", ONE_EACH)
+def test_concurrent_calls(target: Target):
+    """The interpreter lock is released around the work: calls from several Python threads don't touch each other."""
+    made = [make(case, target) for case in CASES]
+    expected = [run(m, target.backend) for m in made]
+    with ThreadPoolExecutor(len(made)) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda m: run(m, target.backend), made))
+            for a, b in zip(expected, found, strict=True):
+                assert_same_bits(a, b)
+
+
+COUNT_THREADS = """
+import os, torch
+from nsa_cuda import selected_attention
+torch.set_num_threads(1)
+q, k, v = (torch.randn(1, 512, 4, 64, requires_grad=True) for _ in range(3))
+lists = torch.zeros(1, 512, 4, 2, dtype=torch.int32)
+(q @ k.mT).sum().backward()
+before = len(os.listdir("/proc/self/task"))
+selected_attention(q, k, v, lists).sum().backward()
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_set_num_threads_is_obeyed():
+    """With torch.set_num_threads(1) a forward and a backward on the CPU start no thread."""
+    command = [sys.executable, "-c", COUNT_THREADS]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "0"

@@ -28,7 +28,7 @@ DENSE += [replace(c, name=c.name + "_noncausal", causal=False) for c in DENSE]
 
 def dense(made: Inputs) -> dict[str, Tensor]:
     """torch's dense attention in float64, kv heads repeated, the causal mask aligned to the end of the keys."""
-    leaves = [x.double().requires_grad_() for x in (made.q, made.k, made.v)]
+    leaves = [x.detach().double().requires_grad_() for x in (made.q, made.k, made.v)]
     G = made.q.shape[2] // made.k.shape[2]
     q, k, v = leaves[0], leaves[1].repeat_interleave(G, 2), leaves[2].repeat_interleave(G, 2)
     tq, tk = q.shape[1], k.shape[1]
@@ -140,7 +140,9 @@ def test_constant_values_come_back(target: Target):
         made.q, made.k, torch.ones_like(made.v), made.block_indices, block_size=32, backend=target.backend
     )
     # p is rounded to the dtype before the product, so the weights sum to 1 within one rounding; then o is rounded.
-    assert (o.double() - 1.0).abs().max() <= max(2 * torch.finfo(target.dtype).eps, 1e-14)
+    assert (o.double() - 1.0).abs().max() <= max(
+        2 * torch.finfo(target.dtype).eps, 64 * torch.finfo(target.lse_dtype).eps
+    )
 
 
 def lse_of(made: Inputs, target: Target, **changes: object) -> tuple[Tensor, Tensor]:
