@@ -8,16 +8,9 @@
 
 namespace nsa::cuda {
 
-template <Dtype dtype>
-struct ElementOf;
-template <>
-struct ElementOf<Dtype::kBFloat16> {
-  using type = __nv_bfloat16;
-};
-template <>
-struct ElementOf<Dtype::kFloat16> {
-  using type = __half;
-};
+// The dtype of an instance's name as a type.
+using ElementOf_bfloat16 = __nv_bfloat16;
+using ElementOf_float16 = __half;
 
 template <typename Kernel, typename... Args>
 Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,

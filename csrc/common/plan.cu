@@ -309,8 +309,10 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
   a.lists = const_cast<int32_t*>(plan.lists);
   a.last_key = const_cast<int32_t*>(plan.last_key);
   const int64_t num_lists = static_cast<int64_t>(plan.total_q) * p.num_heads_k;
-  if (plan.list_width == 0) {
+  if (plan.total_q > 0 && plan.list_width == 0) {
     make_last_keys<<<(plan.total_q + 255) / 256, 256, 0, stream>>>(a, plan);
+  } else if (num_lists == 0) {
+    return {};
   } else if (plan.list_width <= 32) {
     const int width = plan.list_width <= 16 ? 16 : 32;
     sort_short_lists<<<grid_size(num_lists * width, 32 * kListWarps), 32 * kListWarps, 0, stream>>>(a, plan, width);

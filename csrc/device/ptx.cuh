@@ -27,6 +27,20 @@ __device__ __forceinline__ int2 load_shared_pair(uint32_t shared) {
   return value;
 }
 
+__device__ __forceinline__ float4 load_shared_float4(uint32_t shared) {
+  float4 value;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(shared)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared_float4(uint32_t shared, const float (&value)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+               : "memory");
+}
+
 __device__ __forceinline__ void store_shared(uint32_t shared, int value) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
 }
@@ -35,6 +49,13 @@ __device__ __forceinline__ void store_shared(uint32_t shared, int value) {
 __device__ __forceinline__ void copy16_async(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same for 4 or 8 bytes, through L1.
+template <int kBytes>
+__device__ __forceinline__ void copy_small_async(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? kBytes : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes) : "memory");
 }
 
 // Waits for all cp.async of this thread.

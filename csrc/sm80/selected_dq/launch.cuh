@@ -23,6 +23,6 @@ Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
   namespace nsa::cuda {                                                                                              \
   Status name(const BackwardArgs& args, const Launch& device) {                                                      \
     using namespace sm80::selected_dq;                                                                               \
-    return launch<Config<ElementOf<Dtype::dtype>::type, dk, dv>>(args, device);                                      \
+    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device);                                      \
   }                                                                                                                  \
   }

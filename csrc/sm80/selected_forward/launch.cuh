@@ -22,6 +22,6 @@ Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
   namespace nsa::cuda {                                                                                              \
   Status name(const ForwardArgs& args, const Launch& device) {                                                       \
     using namespace sm80::selected_forward;                                                                          \
-    return launch<Config<ElementOf<Dtype::dtype>::type, dk, dv>>(args, device);                                      \
+    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device);                                      \
   }                                                                                                                  \
   }

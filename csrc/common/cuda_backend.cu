@@ -1,0 +1,237 @@
+// From validated arguments to launches: picks the kernels, lays out the workspace, runs the steps in order.
+#include "common/cuda_backend.h"
+
+#include <cuda_runtime.h>
+
+#include <cstdarg>
+#include <cstdio>
+
+#include "common/instances.h"
+
+namespace nsa::cuda {
+
+Status make_status(StatusCode code, const char* format, ...) {
+  Status status;
+  status.code = code;
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(status.message, sizeof(status.message), format, args);
+  va_end(args);
+  return status;
+}
+
+Status cuda_status(int error, const char* what) {
+  const auto code = static_cast<cudaError_t>(error);
+  if (code == cudaSuccess) return {};
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
+    return make_status(StatusCode::kNotSupported,
+                       "%s: this build holds no code for this GPU (%s); it was built for %s. Rebuild with NSA_CUDA_ARCHITECTURES "
+                       "set to the GPU's architecture, or update the driver",
+                       what, cudaGetErrorName(code), cuda_architectures());
+  }
+  if (code == cudaErrorInsufficientDriver) {
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    return make_status(StatusCode::kNotSupported,
+                       "%s: the NVIDIA driver is too old (or absent): it supports CUDA %d.%d, this build needs %s (%s)", what,
+                       driver / 1000, driver % 1000 / 10, cuda_toolkit(), cudaGetErrorName(code));
+  }
+  return make_status(StatusCode::kCudaError, "%s: %s (%s)", what, cudaGetErrorName(code), cudaGetErrorString(code));
+}
+
+TensorArg tensor_arg(const Tensor& tensor, const SelectedAttentionProblem& p, int64_t rows, int element_bytes) {
+  TensorArg arg;
+  arg.data = static_cast<char*>(tensor.data);
+  arg.batch_bytes = tensor.batch_stride * element_bytes;
+  arg.row_bytes = tensor.row_stride * element_bytes;
+  arg.head_bytes = tensor.head_stride * element_bytes;
+  const bool through = p.cu_seqlens_q || p.batch <= 1 || tensor.batch_stride == rows * tensor.row_stride;
+  arg.rows_per_batch = through ? INT_MAX : static_cast<int>(rows);
+  return arg;
+}
+
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634;
+
+struct Gpu {
+  Launch launch;
+  int major, minor;
+};
+
+Status query_gpu(cudaStream_t stream, Gpu* gpu) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(&gpu->launch.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&gpu->launch.num_sms, cudaDevAttrMultiProcessorCount);
+  ask(&gpu->major, cudaDevAttrComputeCapabilityMajor);
+  ask(&gpu->minor, cudaDevAttrComputeCapabilityMinor);
+  gpu->launch.stream = stream;
+  if (error == cudaSuccess && gpu->major < 8) {
+    return make_status(StatusCode::kNotSupported, "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer",
+                       gpu->major, gpu->minor);
+  }
+  return cuda_status(error, "selected attention");
+}
+
+const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
+
+Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
+  *found = nullptr;
+  if (p.backend == Backend::kSm90 && (gpu.major != 9 || gpu.minor != 0)) {
+    return make_status(StatusCode::kNotSupported, "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0",
+                       gpu.major, gpu.minor);
+  }
+  if (p.backend != Backend::kSm80 && gpu.major == 9 && gpu.minor == 0) {
+    *found = find_instance(Backend::kSm90, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
+  }
+  if (!*found && p.backend != Backend::kSm90) {
+    *found = find_instance(Backend::kSm80, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
+  }
+  if (*found) return {};
+  const char* family = p.backend == Backend::kSm90 ? "sm90 " : p.backend == Backend::kSm80 ? "sm80 " : "";
+  return make_status(StatusCode::kNotSupported,
+                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds no %skernel for them; "
+                     "`python -m nsa_cuda` lists what it holds",
+                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype), family);
+}
+
+Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
+  const int64_t rows = plan.total_q * (p.num_heads_q / p.num_heads_k);
+  if (rows < INT_MAX - 65536) return {};
+  return make_status(StatusCode::kNotSupported, "q has %lld rows of one kv head (tokens times G); CUDA kernels take fewer than 2^31",
+                     static_cast<long long>(rows));
+}
+
+// Without keys nothing is read, but addresses are still formed.
+void point_somewhere(const Plan& plan, TensorArg* k, TensorArg* v) {
+  if (plan.total_k > 0) return;
+  *k = *v = {reinterpret_cast<char*>(const_cast<int32_t*>(plan.last_key)), 0, 0, 0, INT_MAX};
+}
+
+struct BackwardPieces {
+  BackwardArgs device;
+  void* index_scratch = nullptr;
+};
+
+bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
+
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, Carver& carver) {
+  const SelectedAttentionProblem& p = args.problem;
+  BackwardPieces pieces = {};
+  BackwardArgs& a = pieces.device;
+  a.plan = carve_plan(p, carver);
+  a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
+  if (wants_keys(args)) {
+    a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
+    a.partials = carver.take<float>(a.index.max_partials * p.block_size * (p.head_dim_qk + p.head_dim_v));
+  }
+  return pieces;
+}
+
+Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const BackwardPieces& pieces) {
+  const SelectedAttentionProblem& p = args.problem;
+  const BackwardArgs& a = pieces.device;
+  const Instance* kernel;
+  Status status = find(p, gpu, Operation::selected_dkdv, &kernel);
+  if (status.ok() && a.index.num_lists > 0) {
+    status = make_index(a.plan, a.index, pieces.index_scratch, args.stream);
+    if (status.ok()) status = kernel->backward(a, gpu.launch);
+    if (status.ok()) {
+      status = add_partials(p.dtype, a, static_cast<int>(p.head_dim_qk), static_cast<int>(p.head_dim_v), args.stream);
+    }
+  }
+  if (status.ok()) status = clear_dead_keys(p, a, args.stream);
+  return status;
+}
+
+}  // namespace
+
+Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes) {
+  Carver carver(nullptr);
+  carve_plan(args.problem, carver);
+  *bytes = carver.used();
+  return {};
+}
+
+Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes) {
+  Carver carver(nullptr);
+  carve_backward(args, carver);
+  *bytes = carver.used();
+  return {};
+}
+
+Status selected_attention(const SelectedAttentionForward& args) {
+  const SelectedAttentionProblem& p = args.problem;
+  Gpu gpu;
+  Status status = query_gpu(args.stream, &gpu);
+  const Instance* kernel = nullptr;
+  if (status.ok()) status = find(p, gpu, Operation::selected_forward, &kernel);
+  Carver carver(args.workspace);
+  ForwardArgs a = {};
+  a.plan = carve_plan(p, carver);
+  if (status.ok()) status = check_rows(p, a.plan);
+  if (!status.ok() || a.plan.total_q == 0) return status;
+  status = make_plan(p, a.plan, args.stream);
+  if (!status.ok()) return status;
+  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
+  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
+  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
+  a.o = tensor_arg(args.o, p, p.seqlen_q, 2);
+  a.lse = tensor_arg(args.lse, p, p.seqlen_q, 4);
+  point_somewhere(a.plan, &a.k, &a.v);
+  a.num_heads_k = static_cast<int>(p.num_heads_k);
+  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
+  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
+  return kernel->forward(a, gpu.launch);
+}
+
+Status selected_attention(const SelectedAttentionBackward& args) {
+  const SelectedAttentionProblem& p = args.problem;
+  Gpu gpu;
+  Status status = query_gpu(args.stream, &gpu);
+  if (!status.ok()) return status;
+  Carver carver(args.workspace);
+  BackwardPieces pieces = carve_backward(args, carver);
+  BackwardArgs& a = pieces.device;
+  const Instance* dq = nullptr;
+  status = find(p, gpu, Operation::selected_dq, &dq);
+  if (status.ok()) status = check_rows(p, a.plan);
+  if (!status.ok()) return status;
+  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
+  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
+  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
+  a.dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
+  a.dq = tensor_arg(args.dq, p, p.seqlen_q, 2);
+  a.dk = tensor_arg(args.dk, p, p.seqlen_k, 2);
+  a.dv = tensor_arg(args.dv, p, p.seqlen_k, 2);
+  a.num_heads_k = static_cast<int>(p.num_heads_k);
+  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
+  a.scale = static_cast<float>(p.softmax_scale);
+  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
+  status = make_plan(p, a.plan, args.stream);
+  if (status.ok() && a.plan.total_q > 0) {
+    status = make_row_stats(p.dtype, args, a.plan, const_cast<RowStats*>(a.stats), args.stream);
+  }
+  if (status.ok() && wants_keys(args)) status = run_keys(args, gpu, pieces);
+  point_somewhere(a.plan, &a.k, &a.v);
+  if (status.ok() && args.dq.data && a.plan.total_q > 0) status = dq->backward(a, gpu.launch);
+  return status;
+}
+
+Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes) {
+  Gpu gpu;
+  Status status = query_gpu(nullptr, &gpu);
+  const Instance* kernel = nullptr;
+  if (status.ok()) status = find(problem, gpu, Operation::selected_forward, &kernel);
+  if (status.ok()) std::snprintf(name, name_bytes, "%s", kernel->name);
+  return status;
+}
+
+int num_compiled_kernels() { return num_instances(); }
+const char* compiled_kernel(int index) { return instance(index).name; }
+
+}  // namespace nsa::cuda

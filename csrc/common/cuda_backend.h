@@ -1,0 +1,21 @@
+// What host/ calls for tensors in GPU memory. Arguments have passed validation.
+#pragma once
+
+#include <cstddef>
+
+#include "nsa_cuda/nsa.h"
+
+namespace nsa::cuda {
+
+Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes);
+Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes);
+Status selected_attention(const SelectedAttentionForward& args);
+Status selected_attention(const SelectedAttentionBackward& args);
+
+// The forward kernel that the call would run; kNotSupported where there is none.
+Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes);
+
+int num_compiled_kernels();
+const char* compiled_kernel(int index);
+
+}  // namespace nsa::cuda

@@ -1,0 +1,52 @@
+// Generated rows (instances.inc) -> the table that dispatch looks kernels up in.
+#include "common/instances.h"
+
+#include <iterator>
+
+namespace nsa::cuda {
+
+// The names that instances.cmake and Python use for the data types.
+inline constexpr Dtype bfloat16 = Dtype::kBFloat16;
+inline constexpr Dtype float16 = Dtype::kFloat16;
+inline constexpr Backend sm80 = Backend::kSm80;
+inline constexpr Backend sm90 = Backend::kSm90;
+
+using Kernel_selected_forward = Status(const ForwardArgs&, const Launch&);
+using Kernel_selected_dq = Status(const BackwardArgs&, const Launch&);
+using Kernel_selected_dkdv = Status(const BackwardArgs&, const Launch&);
+
+#define NSA_ROW(family, operation, dtype, dk, dv) Kernel_##operation family##_##operation##_##dtype##_##dk##_##dv;
+#include "instances.inc"
+#undef NSA_ROW
+
+namespace {
+
+constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name, ForwardKernel kernel) {
+  return {family, operation, dtype, dk, dv, name, kernel, nullptr};
+}
+constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name,
+                        BackwardKernel kernel) {
+  return {family, operation, dtype, dk, dv, name, nullptr, kernel};
+}
+
+constexpr Instance kInstances[] = {
+#define NSA_ROW(family, operation, dtype, dk, dv)                                                      \
+  make(family, Operation::operation, dtype, dk, dv, #family "." #operation "." #dtype "." #dk "." #dv, \
+       &family##_##operation##_##dtype##_##dk##_##dv),
+#include "instances.inc"
+#undef NSA_ROW
+};
+
+}  // namespace
+
+int num_instances() { return static_cast<int>(std::size(kInstances)); }
+const Instance& instance(int index) { return kInstances[index]; }
+
+const Instance* find_instance(Backend family, Operation operation, Dtype dtype, int64_t dk, int64_t dv) {
+  for (const Instance& row : kInstances) {
+    if (row.family == family && row.operation == operation && row.dtype == dtype && row.dk == dk && row.dv == dv) return &row;
+  }
+  return nullptr;
+}
+
+}  // namespace nsa::cuda

@@ -1,0 +1,13 @@
+# The compiled kernels, one line each: nsa_instance(<family> <operation> <dtype> <Dk> <Dv>). A line makes the .cu that
+# instantiates the kernel and the row that dispatch finds it by; nothing else lists them.
+#
+# Block size, G, causality and packing are run-time values.
+
+foreach(operation selected_forward selected_dq selected_dkdv)
+  foreach(dtype bfloat16 float16)
+    nsa_instance(sm80 ${operation} ${dtype} 64 64)
+    nsa_instance(sm80 ${operation} ${dtype} 128 128)
+    nsa_instance(sm80 ${operation} ${dtype} 192 128)
+    nsa_instance(sm80 ${operation} ${dtype} 256 256)
+  endforeach()
+endforeach()
