@@ -1,7 +1,7 @@
-"""What Python checks: tensors (rank, dtype, device, agreement with each other). The C++ library checks sizes and support.
+"""What Python checks: tensors (rank, dtype, device, agreement). The C++ library checks sizes and support.
 
-TypeError: not a tensor, or a dtype that can't be. ValueError: everything else. Messages name the argument, what it was and
-what is allowed.
+TypeError: not a tensor, or a dtype that can't be. ValueError: everything else. Messages name the argument, what it
+was and what is allowed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def _tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: must be a torch.Tensor, was {type(x).__name__}")
 
 
+def tensors(**arguments: object) -> None:
+    for name, x in arguments.items():
+        _tensor(name, x)
+
+
 def _dims(name: str, x: Tensor, letters: str, rank: int) -> None:
     if x.dim() != rank:
         raise ValueError(f"{name}: must have {rank} dims, {letters}; had {x.dim()}, {list(x.shape)}")
@@ -64,8 +69,7 @@ def attention_tensors(
 ) -> bool:
     """q, k, v and the sequence offsets of a batched or packed call agree; `suffix` names k and v. True if packed."""
     k_name, v_name = "k" + suffix, "v" + suffix
-    for name, x in (("q", q), (k_name, k), (v_name, v)):
-        _tensor(name, x)
+    tensors(**{"q": q, k_name: k, v_name: v})
     packed = packing(q, cu_seqlens_q, cu_seqlens_k)
     query_and_key(q, k, k_name, packed)
     if v.dtype != q.dtype:
@@ -165,7 +169,7 @@ def batch_size(q: Tensor, cu_seqlens_q: Tensor | None) -> int:
 
 
 def block_lists(q: Tensor, k: Tensor, block_indices: Tensor, block_counts: int | Tensor | None) -> None:
-    """block_indices int32 or int64 [B, Tq, Hkv, S], block_counts an int or int32/int64 [B, Tq, Hkv]; packed without B."""
+    """block_indices int32 or int64 [B, Tq, Hkv, S], block_counts an int or integers [B, Tq, Hkv]; packed without B."""
     _tensor("block_indices", block_indices)
     if block_indices.dtype not in INTEGER_DTYPES:
         raise TypeError(f"block_indices: dtype must be int32 or int64, was {block_indices.dtype}")

@@ -22,9 +22,9 @@ def debug_checks() -> Iterator[None]:
     """Turn on the checks that read values back from the GPU, in every thread, until the block ends.
 
     Inside, `cu_seqlens` must ascend within [0, rows] (ValueError), q, k and v must be finite inside the sequences
-    (ValueError), and a CUDA error is raised by the call that caused it. Every call then synchronises: slow, and impossible
-    while a CUDA graph is captured. Without it CUDA kernels repair offsets silently (running maximum, clamped). Values of
-    `block_indices` and `block_counts` are data and never errors.
+    (ValueError), and a CUDA error is raised by the call that caused it. Every call then synchronises: slow, and
+    impossible while a CUDA graph is captured. Without it CUDA kernels repair offsets silently (running maximum,
+    clamped). Values of `block_indices` and `block_counts` are data and never errors.
     """
     global _enabled
     before, _enabled = _enabled, True

@@ -1,7 +1,7 @@
 """torch operators over the C++ module: schemas, fake implementations, gradients. The only place that allocates.
 
-`nsa_cuda::selected_attention_forward` and `_backward` are opaque to torch.compile. Library.define/impl costs 14 us a call,
-custom_op 22; register_autograd costs 54 with gradients, a hand-made autograd.Function 80.
+`nsa_cuda::selected_attention_forward` and `_backward` are opaque to torch.compile. Library.define/impl costs 14 us a
+call, custom_op 22; register_autograd costs 54 with gradients, a hand-made autograd.Function 80.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PROBLEM = (
     "Tensor block_indices, Tensor? block_counts, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offsets, "
     "SymInt? q_offset, SymInt? block_count, SymInt block_size, bool causal, float softmax_scale, int backend"
 )
-_library = torch.library.Library("nsa_cuda", "FRAGMENT")
+_library: Any = torch.library.Library("nsa_cuda", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
     f"selected_attention_forward(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor o, Tensor lse)",
     "selected_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dout, Tensor? dlse, "
@@ -46,8 +46,8 @@ def native() -> ModuleType:
         from nsa_cuda import _C
     except ImportError as error:
         raise ImportError(
-            f"nsa_cuda's compiled module can't be imported ({error}). Build it with `pip install .` (or `pip install -e .`) in "
-            'the source tree; backend="reference" and nsa_cuda.reference work without it.'
+            f"nsa_cuda's compiled module can't be imported ({error}). Build it with `pip install .` (or "
+            '`pip install -e .`) in the source tree; backend="reference" and nsa_cuda.reference work without it.'
         ) from error
     return _C
 
@@ -66,16 +66,16 @@ def _tensor(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address and strides of [B, T, H, D] or [total, H, D]."""
     if x is None:
         return 0, 0, 0, 0
-    strides = x.stride()
-    return (x.data_ptr(), *strides[:3]) if len(strides) == 4 else (x.data_ptr(), 0, *strides[:2])
+    s = x.stride()
+    return (x.data_ptr(), s[0], s[1], s[2]) if len(s) == 4 else (x.data_ptr(), 0, s[0], s[1])
 
 
 def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
     """Address and strides of [B, T, H] or [total, H]."""
     if x is None:
         return 0, 0, 0, 0
-    strides = x.stride()
-    return (x.data_ptr(), *strides) if len(strides) == 3 else (x.data_ptr(), 0, *strides)
+    s = x.stride()
+    return (x.data_ptr(), s[0], s[1], s[2]) if len(s) == 3 else (x.data_ptr(), 0, s[0], s[1])
 
 
 def _address(x: Tensor | None) -> int:
@@ -172,9 +172,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, *problem: Any
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *problem, need_dq, need_dk, need_dv = problem
+    *problem, need_dq, need_dk, need_dv = arguments
     indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings = problem
     device = q.device
     cu_seqlens_q, cu_seqlens_k, q_offsets = (_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, q_offsets))
@@ -185,7 +185,7 @@ def _backward(
         c = native()
         p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
         gradients = _fake_backward(q, k, v, None, None, None, None, need_dq, need_dk, need_dv)
-        dq, dk, dv = (x if need else None for x, need in zip(gradients, (need_dq, need_dk, need_dv)))
+        dq, dk, dv = (x if need else None for x, need in zip(gradients, (need_dq, need_dk, need_dv), strict=True))
         size = c.backward_workspace(p, need_dq, need_dk, need_dv, dlse is not None)
         workspace = _workspace(size, device)
         c.backward(
@@ -204,7 +204,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tenso
 
 def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients that nobody needs are empty: an operator returns tensors, not None."""
-    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), arguments[-3:]))
+    dq, dk, dv = (x.new_empty(x.shape if need else (0,)) for x, need in zip((q, k, v), arguments[-3:], strict=True))
     return dq, dk, dv
 
 
@@ -222,7 +222,7 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tu
     if dout is None and dlse is None:
         return None, None, None, *no_gradients
     gradients = selected_attention_backward(q, k, v, o, lse, dout, dlse, *tensors, *ctx.settings, *needs)
-    return *(x if need else None for x, need in zip(gradients, needs)), *no_gradients
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *no_gradients
 
 
 def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> Any:

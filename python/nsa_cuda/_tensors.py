@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ class _DifferentiableOnce(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+_once: Callable[[Tensor], Tensor] = _DifferentiableOnce.apply
 
 
 def differentiable_once(*tensors: Any) -> Any:
@@ -40,4 +44,4 @@ def differentiable_once(*tensors: Any) -> Any:
     # torch.compile refuses second derivatives itself.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tensors
-    return tuple(_DifferentiableOnce.apply(x) if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)
+    return tuple(_once(x) if isinstance(x, Tensor) and x.requires_grad else x for x in tensors)

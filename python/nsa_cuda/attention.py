@@ -1,27 +1,29 @@
 """The operations of Native Sparse Attention (NSA, arXiv 2502.11089): what users call.
 
 Layouts, the same in every function: batched q [B, Tq, Hq, Dk], k [B, Tk, Hkv, Dk], v [B, Tk, Hkv, Dv]; packed (with
-`cu_seqlens_q` and `cu_seqlens_k`, int32 [B + 1]) the same without B, Tq and Tk being totals. The last dim is contiguous,
-every other stride is free. Query head h reads kv head h // G, G = Hq / Hkv. Query row t of a sequence stands at position
-p = t + q_offset.
+`cu_seqlens_q` and `cu_seqlens_k`, int32 [B + 1]) the same without B, Tq and Tk being totals. The last dim is
+contiguous, every other stride is free. Query head h reads kv head h // G, G = Hq / Hkv. Query row t of a sequence
+stands at position p = t + q_offset.
 
 Arguments that are the same everywhere:
     causal: keys after p are invisible.
     softmax_scale: factor of q . k before the softmax; None means 1 / sqrt(Dk). `scale` is another name for it.
-    q_offset: int, or int32 [B] on q's device; None means Tk - Tq of the sequence (the last query stands on the last key).
-    cu_seqlens_q, cu_seqlens_k: offsets of packed sequences in tokens, both or neither, on q's device. They ascend within
-        [0, rows]; rows outside every sequence are dead. On the GPU their values are not read by the host: see `debug_checks`.
+    q_offset: int, or int32 [B] on q's device; None means Tk - Tq of the sequence (the last query stands on the last
+        key).
+    cu_seqlens_q, cu_seqlens_k: offsets of packed sequences in tokens, both or neither, on q's device. They ascend
+        within [0, rows]; rows outside every sequence are dead. On the GPU their values are not read by the host:
+        see `debug_checks`.
     max_seqlen_q, max_seqlen_k: hints that never change a result.
-    return_lse: also return the log-sum-exp (natural logarithm, scale included) [B, Tq, Hq] in float32 (float64 for float64
-        inputs). It is differentiable, so results over disjoint keys can be merged.
+    return_lse: also return the log-sum-exp (natural logarithm, scale included) [B, Tq, Hq] in float32 (float64 for
+        float64 inputs). It is differentiable, so results over disjoint keys can be merged.
     backend: None picks by device. "reference" is plain PyTorch (`nsa_cuda.reference`): any device, any floating dtype.
 
-A row that sees no key is dead: o = 0, lse = -inf, gradients 0, whatever do and dlse hold there. Inputs are finite inside
-the sequences; memory outside them may hold anything. A second derivative raises. Under torch.autocast q, k and v are cast to
-the autocast dtype (float64 stays).
+A row that sees no key is dead: o = 0, lse = -inf, gradients 0, whatever do and dlse hold there. Inputs are finite
+inside the sequences; memory outside them may hold anything. A second derivative raises. Under torch.autocast q, k
+and v are cast to the autocast dtype (float64 stays).
 
-Errors name the argument, what it was and what is allowed: TypeError for something that is not a tensor or number, or has a
-wrong dtype; ValueError for shapes, devices, strides and sizes; NotImplementedError where no kernel exists;
+Errors name the argument, what it was and what is allowed: TypeError for something that is not a tensor or number,
+or has a wrong dtype; ValueError for shapes, devices, strides and sizes; NotImplementedError where no kernel exists;
 ImportError where the compiled module is missing.
 """
 
@@ -86,16 +88,18 @@ def selected_attention(
 ) -> Any:
     """Attention to the key blocks that each query and kv head lists (the paper's section 3.3.2, eqs. 5 and 12).
 
-    Row t of a kv head's group sees the keys of [j l', min((j + 1) l', Tk)) for the valid entries j of its list, causal: those
-    <= p. An entry is ignored, wherever it stands, if it is negative, names no block of the sequence, stands at or past
-    `block_counts`, or (causal) starts after p. The list is a set: order is free, a duplicate counts once. No value is an error.
+    Row t of a kv head's group sees the keys of [j l', min((j + 1) l', Tk)) for the valid entries j of its list,
+    causal: those <= p. An entry is ignored, wherever it stands, if it is negative, names no block of the sequence,
+    stands at or past `block_counts`, or (causal) starts after p. The list is a set: order is free, a duplicate
+    counts once. No value is an error.
 
     Args:
-        q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk]. CPU: float64, float32, bfloat16, float16, any head dims; CUDA: bfloat16, float16,
-            (Dk, Dv) of (64, 64), (128, 128), (192, 128) or (256, 256).
+        q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk]. CPU: float64, float32, bfloat16, float16, any head dims; CUDA:
+            bfloat16, float16, (Dk, Dv) of (64, 64), (128, 128), (192, 128) or (256, 256).
         k: [B, Tk, Hkv, Dk] or [total_k, Hkv, Dk], q's dtype.
         v: [B, Tk, Hkv, Dv] or [total_k, Hkv, Dv], q's dtype.
-        block_indices: int32 or int64 [B, Tq, Hkv, S] or [total_q, Hkv, S], any strides; ids are local to their sequence.
+        block_indices: int32 or int64 [B, Tq, Hkv, S] or [total_q, Hkv, S], any strides; ids are local to their
+            sequence.
         block_size: l', tokens per block. CUDA: 16, 32, 64 or 128.
         block_counts: entries that count, an int or int32/int64 [B, Tq, Hkv]; clamped to [0, S]. None: all S.
         backend: None, "cpu", "sm80", "sm90" or "reference".
@@ -117,8 +121,9 @@ def selected_attention(
     _check_backend(backend)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
+        q, k, v = differentiable_once(q, k, v)
         return reference.selected_attention(
-            *differentiable_once(q, k, v), block_indices, block_size=block_size, block_counts=block_counts, causal=causal,
+            q, k, v, block_indices, block_size=block_size, block_counts=block_counts, causal=causal,
             softmax_scale=softmax_scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             return_lse=return_lse,
         )  # fmt: skip
@@ -160,7 +165,7 @@ def compressed_attention(
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Any:
-    """Attention to the compressed keys (the paper's section 3.3.1, eqs. 5 and 7). Runs in plain PyTorch on every device.
+    """Attention to the compressed keys (the paper's section 3.3.1, eqs. 5 and 7), in plain PyTorch on every device.
 
     Compressed key i covers the tokens [i d, i d + l); causal: visible if i d + l - 1 <= p.
 
@@ -214,9 +219,11 @@ def select_blocks(
 ) -> Tensor:
     """The blocks that each query and kv head attends to (the paper's eqs. 8-12). Runs in plain PyTorch on every device.
 
-    A block's score is the attention mass of the compressed keys, each giving to a block in proportion to the tokens they share,
-    summed over the G heads of the group: p_slc[j] = sum over m < l'/d, n < l/d of p_cmp[(l'/d) j + m - n] (the paper's eq. 9 in
-    0-based indices). Candidates are the blocks that start at or before p (causal), or all. Within the budget `topk`, the first
+    A block's score is the attention mass of the compressed keys, each giving to a block in proportion to the tokens
+    they share, summed over the G heads of the group (the paper's eq. 9 in 0-based indices):
+    p_slc[j] = sum over m < l'/d, n < l/d of p_cmp[(l'/d) j + m - n].
+
+    Candidates are the blocks that start at or before p (causal), or all. Within the budget `topk`, the first
     `init_blocks` and the `local_blocks` that end with the query's own, floor(p / l'), are always taken; the rest by
     score, ties to the smaller id. Deterministic; not differentiable.
 
@@ -236,12 +243,14 @@ def select_blocks(
     """
     _reference_only("select_blocks", backend)
     q, k_cmp = autocast(q, k_cmp)
+    _checks.tensors(q=q, k_cmp=k_cmp, lse=lse)
     if _checks.packing(q, cu_seqlens_q, cu_seqlens_k):
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
     return reference.select_blocks(
         q, k_cmp, lse, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk,
-        init_blocks=init_blocks, local_blocks=local_blocks, seqlen_k=seqlen_k, causal=causal, softmax_scale=softmax_scale,
-        scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        init_blocks=init_blocks, local_blocks=local_blocks, seqlen_k=seqlen_k, causal=causal,
+        softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
 
 
@@ -319,18 +328,18 @@ def native_sparse_attention(
 ) -> Tensor:
     """The whole of NSA: o = sum over the branches c of g_c * o_c (the paper's eq. 5).
 
-    The branches are compressed attention, selected attention and the sliding window. The selected one runs the compiled kernel
-    of `backend`, the others plain PyTorch. A branch's dead rows add nothing, whatever their gates.
+    The branches are compressed attention, selected attention and the sliding window. The selected one runs the
+    compiled kernel of `backend`, the others plain PyTorch. A branch's dead rows add nothing, whatever their gates.
 
     Args:
         q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk].
         k, v: keys and values of the selected branch, as in `selected_attention`.
-        gates: [B, Tq, Hq, 3] or [total_q, Hq, 3], any floating dtype, in the order (compressed, selected, window), applied as
-            given: the caller passes them through its sigmoid.
+        gates: [B, Tq, Hq, 3] or [total_q, Hq, 3], any floating dtype, in the order (compressed, selected, window),
+            applied as given: the caller passes them through its sigmoid.
         k_cmp, v_cmp: the compressed branch's, as in `compressed_attention`; they come from Tk tokens.
         k_win, v_win: the window branch's, shaped like k and v; None shares k and v.
-        block_indices, block_counts: the lists to attend to, as in `selected_attention`; None selects them by `select_blocks` with
-            `topk`, `init_blocks` and `local_blocks`.
+        block_indices, block_counts: the lists to attend to, as in `selected_attention`; None selects them by
+            `select_blocks` with `topk`, `init_blocks` and `local_blocks`.
         kernel_size, kernel_stride, block_size, window_size: l, d, l', w in tokens.
         recompute: keep only the inputs for the backward, which computes the branches again.
         backend: None, "cpu", "sm80", "sm90" for the selected branch, or "reference" for all.
@@ -346,8 +355,8 @@ def native_sparse_attention(
     q, k, v, gates, k_cmp, v_cmp, k_win, v_win = differentiable_once(q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
     return reference.native_sparse_attention(
         q, k, v, gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win, block_indices=block_indices,
-        block_counts=block_counts, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk,
-        init_blocks=init_blocks, local_blocks=local_blocks, window_size=window_size, causal=causal,
-        softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        recompute=recompute, selected=partial(selected_attention, backend=backend),
+        block_counts=block_counts, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size,
+        topk=topk, init_blocks=init_blocks, local_blocks=local_blocks, window_size=window_size, causal=causal,
+        softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, recompute=recompute, selected=partial(selected_attention, backend=backend),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Overlapping windows without l / d copies of the tokens.
 
-A window of l tokens is l / d segments of d tokens; neighbours share all but one of them. What is linear in the tokens is done
-once per segment and summed over the segments of each window.
+A window of l tokens is l / d segments of d tokens; neighbours share all but one of them. What is linear in the
+tokens is done once per segment and summed over the segments of each window.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Windows:
         return torch.nn.functional.pad((tokens.diff() // self.kernel_stride).cumsum(0), (1, 0))
 
     def segments(self, x: Tensor) -> Tensor:
-        """The whole segments of every sequence: [B, T // d, d, Hkv, D], a view where T allows, or [total // d, d, Hkv, D]."""
+        """The whole segments of every sequence: [B, T // d, d, Hkv, D], a view, or [total // d, d, Hkv, D]."""
         d = self.kernel_stride
         if self.cu_seqlens is None:
             number = x.shape[1] // d
-            return x[:, : number * d].unflatten(1, (number, d))
+            return x[:, : number * d].view(len(x), number, d, *x.shape[2:])
         number = len(x) // d
         if number == 0 or len(self.cu_seqlens) < 2:
             return x.new_zeros((number, d, *x.shape[1:]))
@@ -63,7 +63,7 @@ class Windows:
 
     def sum(self, parts: Tensor, total: int) -> Tensor:
         """Sum over the segments of each window: parts [.., segments, l / d, Hkv, D], part c of a segment being what it
-        contributes as segment c of a window -> [B, Nc, Hkv, D] or [total // d, Hkv, D], arbitrary past the last window."""
+        contributes as segment c of a window -> [B, Nc, Hkv, D] or [total // d, Hkv, D], arbitrary past the last one."""
         per_window = self.kernel_size // self.kernel_stride
         if self.cu_seqlens is None:
             number = num_compressed(total, self.kernel_size, self.kernel_stride)

@@ -1,8 +1,9 @@
 """Compression of keys and values: the phi of the paper's eq. 7, as modules.
 
 Every window of l tokens, one every d tokens, becomes one row. Input [B, Tk, Hkv, D] gives [B, Nc, Hkv, Do] with
-Nc = (Tk - l) // d + 1 (0 if Tk < l); packed input [total_k, Hkv, D] with `cu_seqlens` gives [total_k // d, Hkv, Do], packed per
-sequence at `nsa_cuda.compressed_cu_seqlens(cu_seqlens, l, d)`, zero from its last value on. Keys are compressed before RoPE.
+Nc = (Tk - l) // d + 1 (0 if Tk < l); packed input [total_k, Hkv, D] with `cu_seqlens` gives [total_k // d, Hkv,
+Do], packed per sequence at `nsa_cuda.compressed_cu_seqlens(cu_seqlens, l, d)`, zero from its last value on. Keys
+are compressed before RoPE.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nsa_cuda.nn._segments import Windows
 
 
 class _Compression(Module):
-    """kernel_size l, kernel_stride d (d divides l), and an optional learned position embedding [l, Hkv, D], zero at first."""
+    """kernel_size l, kernel_stride d (d divides l), optionally a learned position embedding [l, Hkv, D], first zero."""
 
     position: Parameter | None
 
@@ -47,7 +48,7 @@ class _Compression(Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """[l, ...] -> [l / d, d, ...]: what belongs to each segment of a window."""
-        return x.unflatten(0, (self.kernel_size // self.kernel_stride, self.kernel_stride))
+        return x.reshape(self.kernel_size // self.kernel_stride, self.kernel_stride, *x.shape[1:])
 
     def extra_repr(self) -> str:
         return (
@@ -121,7 +122,7 @@ class WeightedCompression(_Compression):
 
 
 class _WindowLinear(Module):
-    """Linear map of flattened windows: weight [Hkv, l * D, Do] (token-major), bias [Hkv, Do]; one matrix product per segment."""
+    """Linear map of flattened windows: weight [Hkv, l * D, Do] (token-major), bias [Hkv, Do]."""
 
     def __init__(
         self,
@@ -151,9 +152,10 @@ class _WindowLinear(Module):
         # Columns of all l / d places in a window side by side: one product reads each token once.
         weight = self.weight.view(num_heads, per_window, features // per_window, out_features)
         wide = weight.transpose(1, 2).flatten(2)  # [Hkv, d * D, l / d * Do]
-        parts = torch.einsum("...hi,hio->...ho", segments, wide).unflatten(-1, (per_window, out_features))
-        out = windows.sum(parts.transpose(-3, -2), x.shape[-3])
-        constant = self.bias
+        parts = torch.einsum("...hi,hio->...ho", segments, wide)
+        parts = parts.reshape(*parts.shape[:-1], per_window, out_features).transpose(-3, -2)
+        out = windows.sum(parts, x.shape[-3])
+        constant: Tensor | None = self.bias
         if position is not None:
             # The embedding is the same in every window, so it is one more bias.
             shift = torch.einsum("hi,hio->ho", position.transpose(0, 1).flatten(1), self.weight)

@@ -1,7 +1,7 @@
 """The whole of Native Sparse Attention in readable PyTorch: any device, any floating dtype, nothing compiled.
 
-The oracle of the tests (in float64), `backend="reference"`, and the definition to read. `nsa_cuda.reference.baseline` holds
-what an ideal low-precision kernel computes.
+The oracle of the tests (in float64), `backend="reference"`, and the definition to read. `nsa_cuda.reference.baseline`
+holds what an ideal low-precision kernel computes.
 """
 
 from nsa_cuda.reference import baseline

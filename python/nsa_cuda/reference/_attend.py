@@ -66,7 +66,7 @@ def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x with the values of `dtype`, as the second operand of a tensor-core product has; its gradient passes unrounded."""
+    """x rounded to the values of `dtype`, as a tensor core's operand is; its gradient passes unrounded."""
     if x.dtype == dtype:
         return x
     return x + (x.detach().to(dtype).to(x.dtype) - x.detach())
@@ -96,8 +96,8 @@ def _attend_rows(
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Visibility, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of q [N, Tq, Hq, Dk] to the visible ones of k [N, Tk, Hkv, Dk], v [N, Tk, Hkv, Dv].
 
-    Returns o [N, Tq, Hq, Dv] in q's dtype and lse [N, Tq, Hq] in float32 (float64 for float64). Half types: scores and sums
-    in float32, exp(score - row maximum) rounded to q's dtype before it meets v, o rounded once at the end.
+    Returns o [N, Tq, Hq, Dv] in q's dtype and lse [N, Tq, Hq] in float32 (float64 for float64). Half types: scores
+    and sums in float32, exp(score - row maximum) rounded to q's dtype before it meets v, o rounded once at the end.
     """
     dtype = q.dtype
     with torch.autocast(q.device.type, enabled=False):
@@ -109,12 +109,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Visibility, scale: float) -> t
 
         outputs = []
         # split, not slices: the gradient of split is one concatenation instead of one full-sized sum per chunk.
-        for part, (rows, span) in zip(q.split(chunks[0][0][1] or 1, dim=1), chunks):
+        for part, (rows, span) in zip(torch.split(q, chunks[0][0][1] or 1, dim=1), chunks, strict=True):
             lo, hi = span
             arguments = (part, k[:, lo:hi], v[:, lo:hi], keys.mask(rows, span), scale, dtype)
             if recompute:
                 outputs.append(checkpoint(_attend_rows, *arguments, use_reentrant=False, preserve_rng_state=False))
             else:
                 outputs.append(_attend_rows(*arguments))
-        o, lse = (torch.cat(pieces, dim=1) for pieces in zip(*outputs))
+        o, lse = (torch.cat(pieces, dim=1) for pieces in zip(*outputs, strict=True))
         return o.to(dtype), lse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ def token_parts(
         return [batched_part(q.shape[1], k.shape[1], q_offset)]
     q_offsets = sanitised(cu_seqlens_q, q.shape[0])
     k_offsets = sanitised(cu_seqlens_k, k.shape[0])
-    lengths = [stop - start for start, stop in zip(k_offsets, k_offsets[1:])]
+    lengths = [stop - start for start, stop in pairwise(k_offsets)]
     return packed_parts(q_offsets, k_offsets, lengths, q_offset)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from nsa_cuda import _checks
@@ -40,7 +42,7 @@ def compressed_parts(
     cu_seqlens_k: Tensor | None,
     causal: bool,
 ) -> list[tuple[Part, CompressedKeys]]:
-    """Checks q and k_cmp; each part with the compressed keys its rows see. part.k cuts k_cmp, cu_seqlens_k counts tokens."""
+    """Checks q and k_cmp; each part with the compressed keys its rows see. part.k cuts k_cmp, seqlen_k is in tokens."""
     _checks.compression(kernel_size, kernel_stride)
     packed = _checks.packing(q, cu_seqlens_q, cu_seqlens_k)
     _checks.query_and_key(q, k_cmp, "k_cmp", packed)
@@ -51,7 +53,7 @@ def compressed_parts(
         parts = [batched_part(q.shape[1], tokens, q_offset)]
     else:
         token_offsets = sanitised(cu_seqlens_k)
-        lengths = [stop - start for start, stop in zip(token_offsets, token_offsets[1:])]
+        lengths = [stop - start for start, stop in pairwise(token_offsets)]
         row_offsets = sanitised(compressed_cu_seqlens(cu_seqlens_k, kernel_size, kernel_stride), k_cmp.shape[0])
         parts = packed_parts(sanitised(cu_seqlens_q, q.shape[0]), row_offsets, lengths, q_offset)
     result = []

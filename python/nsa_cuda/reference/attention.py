@@ -1,4 +1,4 @@
-"""The attention operations of the spec in plain PyTorch: dense masks, softmax over the visible keys, gradients by autograd.
+"""The attention operations in plain PyTorch: dense masks, softmax over the visible keys, gradients by autograd.
 
 Any device, any floating dtype. float64 inputs make it the oracle that kernels are judged by.
 """
@@ -118,7 +118,7 @@ def sliding_window_attention(
 
 
 def _gated(gate: Tensor, o: Tensor, lse: Tensor) -> Tensor:
-    """gate [.., Hq] times o [.., Hq, Dv] in o's computing dtype; 0 on the branch's dead rows, whatever the gate holds."""
+    """gate [.., Hq] times o [.., Hq, Dv] in the computing dtype; 0 on the branch's dead rows, whatever gates hold."""
     dtype = compute_dtype(o.dtype)
     dead = (lse.detach() == float("-inf")).unsqueeze(-1)
     return (gate.to(dtype).unsqueeze(-1) * o.to(dtype)).masked_fill(dead, 0.0)
@@ -152,7 +152,7 @@ def native_sparse_attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     recompute: bool = False,
-    selected: Callable[..., tuple[Tensor, Tensor]] = selected_attention,
+    selected: Callable[..., Any] = selected_attention,
 ) -> Tensor:
     """The three branches, gated and added. Arguments as in `nsa_cuda.native_sparse_attention`.
 
@@ -164,18 +164,15 @@ def native_sparse_attention(
         raise ValueError(
             f"{'k_win' if k_win is None else 'v_win'}: k_win and v_win come together or not at all, was None"
         )
-    shared: dict[str, Any] = dict(
-        causal=causal,
-        softmax_scale=_checks.softmax_scale(softmax_scale, scale, q.shape[-1]),
-        q_offset=q_offset,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
-    compressed: dict[str, Any] = dict(
-        kernel_size=kernel_size, kernel_stride=kernel_stride, seqlen_k=None if packed else k.shape[1], **shared
-    )
+    shared: dict[str, Any] = {
+        "causal": causal,
+        "softmax_scale": _checks.softmax_scale(softmax_scale, scale, q.shape[-1]),
+        "q_offset": q_offset,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+    }
+    tokens = None if packed else k.shape[1]
+    compressed = {"kernel_size": kernel_size, "kernel_stride": kernel_stride, "seqlen_k": tokens, **shared}
 
     def branches(
         q: Tensor, k: Tensor, v: Tensor, gates: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor
@@ -200,8 +197,12 @@ def native_sparse_attention(
         o = _gated(g_cmp, o_cmp, lse_cmp) + _gated(g_slc, o_slc, lse_slc) + _gated(g_win, o_win, lse_win)
         return o.to(q.dtype)
 
-    k_win, v_win = (k, v) if k_win is None else (k_win, v_win)
+    if k_win is None or v_win is None:
+        k_win, v_win = k, v
+    else:
+        _checks.attention_tensors(q, k_win, v_win, cu_seqlens_q, cu_seqlens_k, "_win")
     arguments = (q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
     if recompute and torch.is_grad_enabled():
-        return checkpoint(branches, *arguments, use_reentrant=False, preserve_rng_state=False)
+        o: Tensor = checkpoint(branches, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return o
     return branches(*arguments)

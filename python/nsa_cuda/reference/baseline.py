@@ -6,6 +6,8 @@ o rounded before delta reads it; results rounded once. In float32 and float64 no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ def selected_attention(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """o and lse; arguments as in `nsa_cuda.selected_attention`. The reference's forward already rounds as a kernel does."""
+    """o and lse; arguments as in `nsa_cuda.selected_attention`. The reference's forward rounds as a kernel does."""
     output = reference.selected_attention(
         q,
         k,
@@ -73,7 +75,7 @@ def selected_attention_backward(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in q's dtype, from o and lse of `selected_attention`, do [.., Hq, Dv] and dlse [.., Hq] (None: zero)."""
+    """dq, dk, dv in q's dtype, from o, lse of `selected_attention`, do [.., Hq, Dv] and dlse [.., Hq] (None: zero)."""
     softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
     parts = selected_parts(q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k)
     if dlse is None:
@@ -81,34 +83,28 @@ def selected_attention_backward(
     dtype = compute_dtype(q.dtype)
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for part, keys in parts:
-        _backward(
-            *(part.q(x).to(dtype) for x in (q, o, lse, do, dlse)),
-            *(part.k(x).to(dtype) for x in (k, v)),
-            *(part.q(dq), part.k(dk), part.k(dv)),
-            keys=keys,
-            scale=softmax_scale,
-            rounding=q.dtype,
-        )
+        by_query = [part.q(x).to(dtype) for x in (q, o, lse, do, dlse)]
+        by_key = [part.k(x).to(dtype) for x in (k, v)]
+        _backward(by_query, by_key, (part.q(dq), part.k(dk), part.k(dv)), keys, softmax_scale, q.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def _backward(
-    q: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    do: Tensor,
-    dlse: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    *,
+    by_query: Sequence[Tensor],
+    by_key: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     keys: Visibility,
     scale: float,
     rounding: torch.dtype,
 ) -> None:
-    """Adds to dq [N, Tq, Hq, Dk], dk [N, Tk, Hkv, Dk], dv [N, Tk, Hkv, Dv]; everything in the computing dtype."""
+    """Adds to the gradients of one part, everything in the computing dtype.
+
+    by_query: q [N, Tq, Hq, Dk], o [N, Tq, Hq, Dv], lse [N, Tq, Hq], do, dlse; by_key: k [N, Tk, Hkv, Dk] and
+    v [N, Tk, Hkv, Dv]; gradients: dq, dk, dv; rounding: the kernel's dtype.
+    """
+    q, o, lse, do, dlse = by_query
+    k, v = by_key
+    dq, dk, dv = gradients
 
     def rounded(x: Tensor) -> Tensor:
         return x.to(rounding).to(x.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def compress(
             return rows_of(x.flatten(0, 1)).unsqueeze(0).expand(-1, number, -1, -1)[:0]
         return torch.stack([rows_of(sequence) for sequence in x])
     offsets = sanitised(cu_seqlens, len(x))
-    rows = [rows_of(x[start:stop]) for start, stop in zip(offsets, offsets[1:])] or [rows_of(x[:0])]
+    rows = [rows_of(x[start:stop]) for start, stop in pairwise(offsets)] or [rows_of(x[:0])]
     compressed = torch.cat(rows)
     padding = compressed.new_zeros((len(x) // kernel_stride - len(compressed), *compressed.shape[1:]))
     return torch.cat([compressed, padding])
@@ -132,7 +133,7 @@ def compress_linear(
     cu_seqlens: Tensor | None = None,
     position: Tensor | None = None,
 ) -> Tensor:
-    """Linear map of each flattened window: weight [Hkv, l * D, Do] (token-major), bias [Hkv, Do]. Shapes as in `compress`."""
+    """Linear map of each flattened window: weight [Hkv, l * D, Do] (by token), bias [Hkv, Do]; else as `compress`."""
     return compress(
         x,
         lambda windows: _flat_linear(windows, weight, bias),
@@ -157,7 +158,8 @@ def compress_mlp(
 ) -> Tensor:
     """The paper's phi: two-layer MLP with GELU on each flattened window.
 
-    weight1 [Hkv, l * D, hidden], bias1 [Hkv, hidden], weight2 [Hkv, hidden, Do], bias2 [Hkv, Do]. Shapes as in `compress`.
+    weight1 [Hkv, l * D, hidden], bias1 [Hkv, hidden], weight2 [Hkv, hidden, Do], bias2 [Hkv, Do]. Shapes as in
+    `compress`.
     """
 
     def phi(windows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from nsa_cuda.reference._visibility import CompressedKeys, positions
 
 
 def selection_weights(kernel_size: int, kernel_stride: int, block_size: int) -> dict[int, int]:
-    """Weight of p_cmp[(l'/d) j + u] in p_slc[j], by u: how often m - n = u. l, d, l' = 32, 16, 64: {-1: 1, 0: 2, ..., 3: 1}."""
+    """Weight of p_cmp[(l'/d) j + u] in p_slc[j] by u: how often m - n = u. For l, d, l' = 32, 16, 64: 1, 2, 2, 2, 1."""
     weights: dict[int, int] = {}
     for m in range(block_size // kernel_stride):
         for n in range(kernel_size // kernel_stride):
@@ -39,7 +39,7 @@ def block_scores(p: Tensor, number: int, kernel_size: int, kernel_stride: int, b
 
 
 def ranked_ids(scores: Tensor, candidate: Tensor, forced: Tensor, topk: int) -> Tensor:
-    """int32 [..., topk], ascending, -1-padded: the forced candidates, then those of the largest scores, ties to the smaller id."""
+    """int32 [.., topk], ascending, -1-padded: forced candidates, then the largest scores, ties to the smaller id."""
     number = scores.shape[-1]
     rank = scores.masked_fill(forced, float("inf")).masked_fill(~candidate, float("-inf"))
     ids = rank.sort(dim=-1, descending=True, stable=True).indices[..., :topk]
@@ -71,8 +71,9 @@ def _select(
         first, last = rows
         scores = masked_scores(q[:, first:last], k_cmp[:, lo:hi], keys.mask(rows, (lo, hi)), scale)
         row_lse = lse[:, first:last].transpose(1, 2).view(n, num_heads_k, group, last - first, 1)
-        # -inf - -inf of dead rows is NaN: they score 0 everywhere.
-        p = (scores - row_lse).exp().masked_fill(scores == float("-inf"), 0.0)
+        # Dead rows, lse = -inf, score 0 everywhere.
+        unseen = (scores == float("-inf")) | (row_lse == float("-inf"))
+        p = (scores - row_lse).exp().masked_fill(unseen, 0.0)
         mass = p[:, :, 0].clone()
         for g in range(1, group):
             mass += p[:, :, g]
