@@ -198,7 +198,7 @@ struct Visibility {
   uint32_t places;
   // Keys seen of every 16 of the stage, 0 to 16, a byte each: they are the first ones of the 16, since a list names whole
   // blocks and causality and the sequence's end cut off the tail.
-  unsigned seen[2];
+  int seen[2];
 
   __device__ __forceinline__ Visibility(const KeyRing<Shape>& ring, int warp, int lane)
       : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
@@ -210,34 +210,52 @@ struct Visibility {
     store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
   }
 
-  // False where the warp sees nothing of the stage; the same answer in all lanes.
+  // False where the warp sees nothing of the stage; the same answer in all lanes. Most stages of a tile are another warp's.
   __device__ __forceinline__ bool read(const KeyRing<Shape>& ring, int block_size) {
-    const int part = min(block_size, Shape::kKeys);
-    seen[0] = seen[1] = 0;
+    const int2 place[2] = {load_shared_pair(places), load_shared_pair(places + 64)};
+    if (block_size >= Shape::kKeys) {
+      bool member[2];
 #pragma unroll
-    for (int c = 0; c < Shape::kParts; ++c) {
-      const int i = 16 * c / part;
-      const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
-      const int first = load_shared(info) + 16 * c - i * part;
+      for (int r = 0; r < 2; ++r) member[r] = is_member(ring.info(), place[r].x);
+      if (!__any_sync(kFullWarp, member[0] || member[1])) return false;
+      const int first = load_shared(ring.info());
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int2 place = load_shared_pair(places + 64 * r);
-        const bool member = (load_shared(info + 4 + 4 * (place.x / 32)) >> (place.x % 32)) & 1;
-        const int keys = member ? min(max(place.y - first + 1, 0), 16) : 0;
-        seen[r] |= static_cast<unsigned>(keys) << (8 * c);
+        const int keys = member[r] ? place[r].y - first + 1 : 0;
+        seen[r] = 0;
+#pragma unroll
+        for (int c = 0; c < Shape::kParts; ++c) seen[r] |= min(max(keys - 16 * c, 0), 16) << (8 * c);
+      }
+    } else {
+      const int part = min(block_size, Shape::kKeys);
+      seen[0] = seen[1] = 0;
+#pragma unroll
+      for (int c = 0; c < Shape::kParts; ++c) {
+        const int i = 16 * c / part;
+        const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
+        const int first = load_shared(info) + 16 * c - i * part;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int keys = is_member(info, place[r].x) ? min(max(place[r].y - first + 1, 0), 16) : 0;
+          seen[r] |= keys << (8 * c);
+        }
       }
     }
     return __any_sync(kFullWarp, (seen[0] | seen[1]) != 0);
   }
 
   __device__ __forceinline__ bool everything() const {
-    constexpr unsigned kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
+    constexpr int kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
     return seen[0] == kAll && seen[1] == kAll;
+  }
+
+  static __device__ __forceinline__ bool is_member(uint32_t info, int token) {
+    return (load_shared(info + 4 + 4 * (token / 32)) >> (token % 32)) & 1;
   }
 
   // Whether row r sees column 8 n + 2 t + i of the stage.
   __device__ __forceinline__ bool sees(int r, int n, int i, int lane) const {
-    return (n % 2) * 8 + 2 * (lane & 3) + i < static_cast<int>((seen[r] >> (8 * (n / 2))) & 0xff);
+    return (n % 2) * 8 + 2 * (lane & 3) + i < ((seen[r] >> (8 * (n / 2))) & 0xff);
   }
 };
 

@@ -29,27 +29,22 @@ struct MatrixRow {
   __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
 };
 
-// Copies rows [0, kRows) of kDim elements, spread over kThreads threads; rows >= valid become zeros.
+// Copies `rows` rows of kDim elements, spread over kThreads threads; rows >= valid become zeros (and aren't read). Eight threads
+// share 128 bytes, so that the swizzle is the same in every row that a thread copies and a 16-byte copy costs two instructions.
 template <int kDim, int kThreads>
 __device__ __forceinline__ void copy_rows_async(uint32_t tile, const char* source, int64_t row_bytes, int rows, int valid,
                                                 int thread) {
-  constexpr int kChunks = Tile<kDim>::kChunks;
-  if constexpr (kThreads % kChunks == 0) {
-    constexpr int kStep = kThreads / kChunks;  // rows a pass
-    const int chunk = thread % kChunks;
-    int row = thread / kChunks;
-    const char* from = source + row * row_bytes + chunk * 16;
-#pragma unroll 8
-    for (; row < rows; row += kStep, from += kStep * row_bytes) {
-      copy16_async(tile + Tile<kDim>::offset(row, chunk), row < valid ? from : source, row < valid);
-    }
-  } else {
+  constexpr int kStep = kThreads / 8;  // rows a pass
+  static_assert(kStep % 8 == 0);
+  const int chunk = thread % 8;
+  const char* from = source + (thread / 8) * row_bytes + chunk * 16;
+  uint32_t to = tile + Tile<kDim>::offset(thread / 8, chunk);
 #pragma unroll 4
-    for (int i = thread; i < rows * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i - row * kChunks;
-      copy16_async(tile + Tile<kDim>::offset(row, chunk), row < valid ? source + row * row_bytes + chunk * 16 : source,
-                   row < valid);
-    }
+  for (int row = thread / 8; row < rows; row += kStep) {
+#pragma unroll
+    for (int c = 0; c < kDim / 64; ++c) copy16_async(to + 128 * c, from + 128 * c, row < valid);
+    from += kStep * row_bytes;
+    to += kStep * Tile<kDim>::kRowBytes;
   }
 }
 

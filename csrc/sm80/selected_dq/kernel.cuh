@@ -44,22 +44,25 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
   __syncwarp();
 }
 
-// One stage of keys.
+// kStep keys of a stage, beginning at key `first`.
 template <typename Config>
 __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Config>& ring, const device::Visibility<Config>& sees,
-                                       const float (&lse2)[2], const float (&delta)[2], int warp, int lane,
+                                       const float (&lse2)[2], const float (&delta)[2], int first, int warp, int lane,
                                        float (&dq)[Config::kDk / 8][4]) {
   using Element = typename Config::Element;
+  using TileK = device::Tile<Config::kDk>;
+  constexpr int kStep = Config::kStep;
   const uint32_t own = ring.own(warp);
-  float s[Config::kKeys / 8][4], dp[Config::kKeys / 8][4];
+  const uint32_t keys = ring.keys() + first * TileK::kRowBytes;
+  float s[kStep / 8][4], dp[kStep / 8][4];
   device::clear(s);
   device::clear(dp);
-  device::multiply_transposed<Element, Config::kDk, Config::kKeys>(s, device::SharedOperand<Config::kDk>(own, lane), ring.keys(),
-                                                                   lane);
-  device::multiply_transposed<Element, Config::kDv, Config::kKeys>(
-      dp, device::SharedOperand<Config::kDv>(own + 16 * device::Tile<Config::kDk>::kRowBytes, lane), ring.values(), lane);
+  device::multiply_transposed<Element, Config::kDk, kStep>(s, device::SharedOperand<Config::kDk>(own, lane), keys, lane);
+  device::multiply_transposed<Element, Config::kDv, kStep>(
+      dp, device::SharedOperand<Config::kDv>(own + 16 * TileK::kRowBytes, lane),
+      ring.values() + first * device::Tile<Config::kDv>::kRowBytes, lane);
 #pragma unroll
-  for (int n = 0; n < Config::kKeys / 8; ++n) {
+  for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       s[n][i] = device::exp2_approx(s[n][i] * a.scale_log2 - lse2[i / 2]) * (dp[n][i] - delta[i / 2]);
@@ -67,16 +70,16 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
   }
   if (!sees.everything()) {
 #pragma unroll
-    for (int n = 0; n < Config::kKeys / 8; ++n) {
+    for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!sees.sees(i / 2, n, i % 2, lane)) s[n][i] = 0.f;
+        if (!sees.sees(i / 2, first / 8 + n, i % 2, lane)) s[n][i] = 0.f;
       }
     }
   }
-  uint32_t ds[Config::kKeys / 16][4];
-  device::round_to_operand<Element, Config::kKeys>(ds, s);
-  device::multiply<Element, Config::kDk, Config::kKeys, Config::kDk>(dq, ds, ring.keys(), lane);
+  uint32_t ds[kStep / 16][4];
+  device::round_to_operand<Element, kStep>(ds, s);
+  device::multiply<Element, Config::kDk, kStep, Config::kDk>(dq, ds, keys, lane);
 }
 
 template <typename Config>
@@ -97,7 +100,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     load_rows<Config>(a, QueryTile(t, tiles_per_head, 16 * warps, a.plan.total_q, a.group), ring, warp, lane, sees, lse2, delta);
     device::clear(dq);
     while (true) {
-      if (sees.read(ring, a.plan.block_size)) attend<Config>(a, ring, sees, lse2, delta, warp, lane, dq);
+      if (sees.read(ring, a.plan.block_size)) {
+#pragma unroll 1
+        for (int first = 0; first < Config::kKeys; first += Config::kStep) {
+          attend<Config>(a, ring, sees, lse2, delta, first, warp, lane, dq);
+        }
+      }
       if (ring.is_last()) break;
       ring.release(lane);
       device::barrier_wait(ring.full(), ring.phase);
