@@ -119,18 +119,30 @@ def test_packed_equals_batched(target: Target):
 
 
 @pytest.mark.parametrize("target", ALL)
-def test_another_sequence_does_not_matter(target: Target):
+@pytest.mark.parametrize("value", [1e4, math.nan, math.inf], ids=["large", "nan", "inf"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_another_sequence_does_not_matter(target: Target, value: float, causal: bool):
     """Nothing crosses a sequence: what the second holds never shows in the first, whose last block reaches into it."""
-    case = Case("neighbours", seqlens_q=(37, 60), seqlens_k=(70, 60), Hq=8, Hkv=2, S=3)
+    case = Case("neighbours", seqlens_q=(37, 60), seqlens_k=(70, 60), Hq=8, Hkv=2, S=3, causal=causal)
     made = make(case, target)
     first = run(made, target.backend)
-    made.q[37:] *= 3.0
-    made.k[70:] = -made.k[70:]
-    made.v[70:] = 1e4
+    for x, start in ((made.q, 37), (made.k, 70), (made.v, 70), (made.dout, 37)):
+        x[start + 5 :: 11] = value
     second = run(made, target.backend)
     rows = {"o": 37, "lse": 37, "dq": 37, "dk": 70, "dv": 70}
     assert_same_bits({n: x[: rows[n]] for n, x in first.items()}, {n: x[: rows[n]] for n, x in second.items()})
     assert not torch.equal(first["o"][37:], second["o"][37:])
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_non_finite_inputs_reach_their_own_row(target: Target):
+    """A NaN in q makes its own row NaN. It may spread over its query tile; it never hides, and never crashes."""
+    made = make(Case("nan_row", B=2, Tq=90, Tk=90, Hq=8, Hkv=2, S=3, block_size=32), target)
+    made.q[1, 50, 3, 7] = math.nan
+    found = run(made, target.backend)
+    for name in ("o", "lse", "dq"):
+        assert found[name][1, 50, 3].isnan().all(), name
+        assert not found[name][0].isnan().any(), name
 
 
 @pytest.mark.parametrize("target", ALL)
