@@ -70,7 +70,11 @@ class SparseAttention(_Projections):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        sizes: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+        sizes: dict[str, Any] = {
+            "kernel_size": config.kernel_size,
+            "kernel_stride": config.kernel_stride,
+            "hidden_dim": config.head_dim,
+        }
         self.compress_k = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
         self.compress_v = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
         self.gates = nn.Linear(config.width, config.heads * 3)

@@ -42,8 +42,8 @@ class Run:
 
 
 def make_run(name: str, model: ByteModel, learning_rate: float) -> Run:
-    """AdamW; matrices decay, vectors don't. Compression reads l * D inputs at once, several times what the other matrices
-    do, and its rate is smaller in proportion: at the full rate NSA is 0.4 bits per byte behind after 300 steps.
+    """AdamW; matrices decay, vectors don't. Compression reads l * D inputs at once, several times what the other
+    matrices do, and its rate is smaller in proportion: at the full rate NSA trails by 0.4 bits more after 300 steps.
     """
     fan_in = model.config.kernel_size * model.config.head_dim
     groups: list[dict[str, Any]] = [
