@@ -34,7 +34,7 @@ run() {
 
 build() {
   export NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native} FORCE_CUDA=1 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
-  local define=(-C cmake.define.NSA_SPILL_GATE=ON)
+  local define=()
   if [[ ${NSA_PREBUILT:-} ]]; then define=(-C "cmake.define.NSA_PREBUILT=$(realpath "$NSA_PREBUILT")"); fi
   rm -rf "$site"
   run build "${BUILD_LIMIT:-1500}" python3 -m pip install -v --no-build-isolation --no-deps --no-index --target "$site" "${define[@]}" .
