@@ -6,6 +6,7 @@ was and what is allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,17 +21,25 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def softmax_scale(softmax_scale: float | None, scale: float | None, head_dim: int) -> float:
-    """The scale to use; `scale` is another name for `softmax_scale`, the default is 1 / sqrt(Dk)."""
+def given_scale(softmax_scale: float | None, scale: float | None) -> float | None:
+    """The scale that was given under either name; None stands for `default_scale`."""
     if scale is not None:
         if softmax_scale is not None:
             raise ValueError(f"scale: an alias of softmax_scale, give one of them; was {scale} beside {softmax_scale}")
         softmax_scale = scale
-    if softmax_scale is None:
-        return float(max(head_dim, 1) ** -0.5)
-    if not isinstance(softmax_scale, (int, float)):
+    if softmax_scale is not None and not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"softmax_scale: must be a number or None, was {type(softmax_scale).__name__}")
-    return float(softmax_scale)
+    return softmax_scale
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(max(head_dim, 1))
+
+
+def softmax_scale(softmax_scale: float | None, scale: float | None, head_dim: int) -> float:
+    """The scale to use."""
+    given = given_scale(softmax_scale, scale)
+    return default_scale(head_dim) if given is None else float(given)
 
 
 def _tensor(name: str, x: object) -> None:

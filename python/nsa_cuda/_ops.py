@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nsa_cuda import _debug
-from nsa_cuda._checks import lse_dtype
+from nsa_cuda._checks import default_scale, lse_dtype
 
 BACKENDS = {None: 0, "cpu": 1, "sm80": 2, "sm90": 3}  # nsa::Backend
 _DEVICES = {"cpu": 0, "cuda": 1}  # nsa::Device
@@ -24,7 +24,7 @@ _ALIGNMENT = 16  # bytes: what the CUDA kernels load at once
 
 _PROBLEM = (
     "Tensor block_indices, Tensor? block_counts, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offsets, "
-    "SymInt? q_offset, SymInt? block_count, SymInt block_size, bool causal, float softmax_scale, int backend"
+    "SymInt? q_offset, SymInt? block_count, SymInt block_size, bool causal, float? softmax_scale, int backend"
 )
 _library: Any = torch.library.Library("nsa_cuda", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in (
@@ -95,7 +95,7 @@ def _problem(
     block_count: int | None,
     block_size: int,
     causal: bool,
-    softmax_scale: float,
+    softmax_scale: float | None,
     backend: int,
 ) -> Any:
     packed = cu_seqlens_q is not None
@@ -118,7 +118,8 @@ def _problem(
         block_size,
         block_indices.shape[-1],
         causal,
-        softmax_scale,
+        # The default is made here: in the graph, a symbol of a dynamic Dk, it makes torch 2.4 compile at every call.
+        default_scale(q.shape[-1]) if softmax_scale is None else softmax_scale,
         _address(cu_seqlens_q),
         _address(cu_seqlens_k),
         _address(q_offsets),

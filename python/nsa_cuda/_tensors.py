@@ -16,7 +16,10 @@ def autocast(*tensors: Any) -> Any:
     if not isinstance(q, Tensor):
         return tensors
     device = q.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # torch 2.4's compiler can't trace is_autocast_available; what it compiles for has autocast.
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device):
+        return tensors
+    if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

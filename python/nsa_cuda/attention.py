@@ -117,7 +117,7 @@ def selected_attention(
     _checks.block_lists(q, k, block_indices, block_counts)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     _checks.integer(block_size=block_size)
-    softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
+    softmax_scale = _checks.given_scale(softmax_scale, scale)
     _check_backend(backend)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
