@@ -17,7 +17,7 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 summary=()
 failed=0
 
-# run NAME LIMIT COMMAND...: output to NAME.log and its end to the screen; one row of the table.
+# run NAME LIMIT COMMAND...: output to NAME.log and its end to the screen; one row of the table with the log's last line.
 run() {
   local name=$1 limit=$2 start=$SECONDS status
   shift 2
@@ -26,19 +26,24 @@ run() {
   status=$?
   tail -n 15 "$OUT/$name.log"
   local verdict=passed
-  if ((status == 124 || status == 137)); then verdict="ran past $limit s"; elif ((status)); then verdict="failed ($status)"; fi
+  if ((status == 124 || status == 137)); then
+    verdict="ran past $limit s"
+  elif ((status)); then
+    verdict="failed ($status)"
+  fi
   ((status)) && failed=1
-  summary+=("$(printf '%-20s %-18s %5d s  %s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log" | cut -c 1-70)")")
+  summary+=("$(printf '%-10s %-16s %5d s  %.80s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log")")")
   return $status
 }
 
 build() {
-  export NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native} FORCE_CUDA=1 CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+  export FORCE_CUDA=1 NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native}
+  export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
   local define=()
   if [[ ${NSA_PREBUILT:-} ]]; then define=(-C "cmake.define.NSA_PREBUILT=$(realpath "$NSA_PREBUILT")"); fi
   rm -rf "$site"
-  run build "${BUILD_LIMIT:-1500}" python3 -m pip install -v --no-build-isolation --no-deps --no-index --target "$site" "${define[@]}" .
-  run installed 120 python3 -m nsa_cuda
+  run build "${BUILD_LIMIT:-1500}" python3 -m pip install -v --no-build-isolation --no-deps --no-index --target "$site" \
+    "${define[@]}" . && python3 -m nsa_cuda
 }
 
 sanitize() {
@@ -53,16 +58,22 @@ sanitize() {
 
 steps=("$@")
 if ((${#steps[@]} == 0)); then steps=(build test sanitize bench); fi
-nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader | tee "$OUT/gpu.txt"
+gpu=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader)
 for step in "${steps[@]}"; do
   case $step in
     build) build || break ;;
+    # shellcheck disable=SC2086
     test) run test "${TEST_LIMIT:-1500}" python3 -m pytest -q -p no:cacheprovider ${PYTEST_ARGS:-} tests ;;
     sanitize) sanitize ;;
+    # shellcheck disable=SC2086
     bench) run bench "${BENCH_LIMIT:-900}" python3 -m benchmarks.selected --json "$OUT/selected.json" ${BENCH_ARGS:-} ;;
-    *) echo "unknown step $step; allowed are build, test, sanitize, bench"; exit 2 ;;
+    *)
+      echo "unknown step $step; allowed are build, test, sanitize, bench"
+      exit 2
+      ;;
   esac
 done
 
-printf '\n%s' '' ; printf '%s\n' "${summary[@]}" | tee "$OUT/summary.txt"
+echo
+printf '%s\n' "$gpu" "${summary[@]}" | tee "$OUT/summary.txt"
 exit $failed
