@@ -61,7 +61,12 @@ if ((${#steps[@]} == 0)); then steps=(build test sanitize bench); fi
 gpu=$(nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv,noheader)
 for step in "${steps[@]}"; do
   case $step in
-    build) build || break ;;
+    build)
+      if ! build; then
+        failed=1
+        break
+      fi
+      ;;
     # shellcheck disable=SC2086
     test) run test "${TEST_LIMIT:-1500}" python3 -m pytest -q -p no:cacheprovider ${PYTEST_ARGS:-} tests ;;
     sanitize) sanitize ;;
