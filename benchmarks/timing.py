@@ -55,8 +55,8 @@ def measure(
 ) -> Timing:
     """Median over about ``seconds`` of runs (or exactly ``repeat``), at least 3; calls rotate over the input sets.
 
-    A call that takes longer than ten times ``seconds`` by itself is measured once, after one warm-up on the GPU and
-    none on the CPU.
+    A call slower than a third of ``seconds`` is measured three times after one warm-up; one slower than ten times
+    ``seconds`` once, on the CPU without warm-up.
     """
     run = _run_cuda if device.type == "cuda" else _run_cpu
     extra = None
@@ -68,8 +68,10 @@ def measure(
         torch.cuda.synchronize()
         extra = torch.cuda.max_memory_allocated(device) - before
     first = run(calls, 1)[0]
-    if first > 1e4 * seconds and repeat is None:
-        return Timing(first, 1, extra)
+    share = first / (1e3 * seconds)
+    if repeat is None and share > 1 / 3:
+        times = [first] if share > 10 else [first, *run(calls, 2)] if extra is not None else run(calls, 3)
+        return Timing(statistics.median(times), len(times), extra)
     run(calls, _WARM_UP)
-    runs = repeat or max(3, min(_MAX_RUNS, int(seconds * 1e3 / max(first, 1e-3))))
+    runs = repeat or max(3, min(_MAX_RUNS, int(1 / max(share, 1e-6))))
     return Timing(statistics.median(run(calls, runs)), runs, extra)
