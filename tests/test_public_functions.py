@@ -180,6 +180,7 @@ def test_refusals():
         (ValueError, "v_win: k_win and v_win come together or not at all, was None", lambda: native(x, k_win=k)),
         (ValueError, "v_win: must be [B, Tk, Hkv, Dv] = [2, 70, 2, Dv] like k_win, was [2, 9, 2, 8]",
          lambda: native(x, k_win=k, v_win=v[:, :9])),
+        (ValueError, "k_win: must have k's 70 rows, had 9", lambda: native(x, k_win=k[:, :9], v_win=v[:, :9])),
     ]  # fmt: skip
     for rule in rules:
         refused(*rule)

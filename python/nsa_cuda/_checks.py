@@ -200,6 +200,12 @@ def block_lists(q: Tensor, k: Tensor, block_indices: Tensor, block_counts: int |
     _shape("block_counts", block_counts, f"[{letters}]", rows)
 
 
+def same_tokens(name: str, x: Tensor, k: Tensor) -> None:
+    """Keys of two branches come from the same tokens."""
+    if x.shape[-3] != k.shape[-3]:
+        raise ValueError(f"{name}: must have k's {k.shape[-3]} rows, had {x.shape[-3]}")
+
+
 def last_dim_contiguous(**tensors: Tensor) -> None:
     """The kernels read vectors along the last dim; every other stride is free."""
     for name, x in tensors.items():

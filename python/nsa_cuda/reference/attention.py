@@ -201,6 +201,7 @@ def native_sparse_attention(
         k_win, v_win = k, v
     else:
         _checks.attention_tensors(q, k_win, v_win, cu_seqlens_q, cu_seqlens_k, "_win")
+        _checks.same_tokens("k_win", k_win, k)
     arguments = (q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
     if recompute and torch.is_grad_enabled():
         o: Tensor = checkpoint(branches, *arguments, use_reentrant=False, preserve_rng_state=False)
