@@ -20,7 +20,7 @@ target_include_directories(nsa_cuda
   PRIVATE csrc
   PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/csrc/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)
 target_compile_features(nsa_cuda PUBLIC cxx_std_17)
-target_compile_options(nsa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>)
+target_compile_options(nsa_cuda PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wno-missing-field-initializers>)
 # OpenMP's runtime is linked by its plain name. Where torch ships the same name (libgomp.so.1) and is loaded first, the process
 # has one runtime; otherwise two live side by side, each with its own threads, and every call says how many it wants.
 target_link_libraries(nsa_cuda PRIVATE OpenMP::OpenMP_CXX)

@@ -101,23 +101,25 @@ nsa::SelectedAttentionProblem make_problem(int device, int backend, int dtype, s
   return problem;
 }
 
-std::size_t forward_workspace(const nsa::SelectedAttentionProblem& problem, bool want_lse) {
+std::size_t forward_workspace(const nsa::SelectedAttentionProblem& problem, bool want_lse, int num_threads) {
   nsa::SelectedAttentionForward args;
   args.problem = problem;
   args.lse = present_if(want_lse);
+  args.num_threads = num_threads;
   std::size_t bytes = 0;
   raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
   return bytes;
 }
 
 std::size_t backward_workspace(const nsa::SelectedAttentionProblem& problem, bool need_dq, bool need_dk, bool need_dv,
-                               bool has_dlse) {
+                               bool has_dlse, int num_threads) {
   nsa::SelectedAttentionBackward args;
   args.problem = problem;
   args.dq = present_if(need_dq);
   args.dk = present_if(need_dk);
   args.dv = present_if(need_dv);
   args.dlse = present_if(has_dlse);
+  args.num_threads = num_threads;
   std::size_t bytes = 0;
   raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
   return bytes;
@@ -185,8 +187,10 @@ std::vector<std::string> compiled_kernels() {
 
 PYBIND11_MODULE(_C, module) {
   py::class_<nsa::SelectedAttentionProblem>(module, "Problem").def(py::init(&make_problem));
-  module.def("forward_workspace", &forward_workspace);
-  module.def("backward_workspace", &backward_workspace);
+  // On the CPU every thread has scratch of its own: the call that follows may use as many threads as were named here.
+  module.def("forward_workspace", &forward_workspace, py::arg(), py::arg(), py::arg("num_threads") = 0);
+  module.def("backward_workspace", &backward_workspace, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+             py::arg("num_threads") = 0);
   module.def("forward", &forward);
   module.def("backward", &backward);
   module.def("kernel_name", &kernel_name);

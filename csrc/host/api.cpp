@@ -42,6 +42,7 @@ Status query_workspace(const Arguments& args, std::size_t* bytes) {
   if (bytes == nullptr) return invalid_argument("bytes is null; allowed is the address of the result");
   *bytes = 0;
   NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
   return workspace_of_backend(args, bytes);
 }
 

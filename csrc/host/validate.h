@@ -21,6 +21,8 @@ Status validate(const SelectedAttentionProblem& problem);
 Status validate(const SelectedAttentionForward& args);
 Status validate(const SelectedAttentionBackward& args);
 
+Status validate_num_threads(int num_threads);
+
 Status validate_workspace(Device device, const void* workspace, std::size_t given_bytes, std::size_t needed_bytes);
 
 }  // namespace nsa

@@ -131,16 +131,16 @@ Status check_lists(const SelectedAttentionProblem& problem) {
   return check_index_reach("block_counts", problem.block_counts, batch, problem.seqlen_q, problem.num_heads_k, 1);
 }
 
-Status check_threads(int num_threads) {
+}  // namespace
+
+Status validate_num_threads(int num_threads) {
   if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
   return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
 }
 
-}  // namespace
-
 Status validate(const SelectedAttentionForward& args) {
   NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(check_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
   NSA_RETURN_IF_ERROR(check_lists(args.problem));
   const Shapes shapes(args.problem);
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
@@ -153,7 +153,7 @@ Status validate(const SelectedAttentionForward& args) {
 
 Status validate(const SelectedAttentionBackward& args) {
   NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(check_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
   NSA_RETURN_IF_ERROR(check_lists(args.problem));
   const Shapes shapes(args.problem);
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));

@@ -161,7 +161,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
         c = native()
         p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
         o, lse = _fake_forward(q, k, v)
-        size = c.forward_workspace(p, True)
+        size = c.forward_workspace(p, True, torch.get_num_threads())
         workspace = _workspace(size, device)
         c.forward(
             p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _address(workspace), size, _stream(device),
@@ -187,7 +187,7 @@ def _backward(
         p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
         gradients = _fake_backward(q, k, v, None, None, None, None, need_dq, need_dk, need_dv)
         dq, dk, dv = (x if need else None for x, need in zip(gradients, (need_dq, need_dk, need_dv), strict=True))
-        size = c.backward_workspace(p, need_dq, need_dk, need_dv, dlse is not None)
+        size = c.backward_workspace(p, need_dq, need_dk, need_dv, dlse is not None, torch.get_num_threads())
         workspace = _workspace(size, device)
         c.backward(
             p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _tensor(dout), _rows(dlse), _tensor(dq),
