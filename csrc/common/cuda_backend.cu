@@ -92,11 +92,21 @@ Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operati
     *found = find_instance(Backend::kSm80, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
   }
   if (*found) return {};
+  // what it holds of this operation and dtype, e.g. "(64, 64), (128, 128)"
+  char held[256] = "";
+  int used = 0;
+  for (int i = 0; i < num_instances(); ++i) {
+    const Instance& row = instance(i);
+    const bool fits = row.operation == operation && row.dtype == p.dtype && (p.backend == Backend::kAuto || p.backend == row.family);
+    if (!fits || used >= static_cast<int>(sizeof(held)) - 16) continue;
+    used += std::snprintf(held + used, sizeof(held) - used, "%s(%d, %d)", used ? ", " : "", row.dk, row.dv);
+  }
   const char* family = p.backend == Backend::kSm90 ? "sm90 " : p.backend == Backend::kSm80 ? "sm80 " : "";
   return make_status(StatusCode::kNotSupported,
-                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds no %skernel for them; "
-                     "`python -m nsa_cuda` lists what it holds",
-                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype), family);
+                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds %skernels for (head_dim_qk, head_dim_v) = "
+                     "%s",
+                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype), family,
+                     held[0] ? held : "none");
 }
 
 Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {

@@ -22,6 +22,8 @@ struct Sequences {
   int32_t* q_begin;            // [B + 1] repaired
   int32_t* key_begin;          // [B + 1]
   int32_t* block_begin;        // [B + 1]
+  int32_t* token_begin;        // [B + 3] Units
+  int32_t* unit_begin;         // [B + 3]
   int batch;
 };
 
@@ -41,7 +43,8 @@ struct ListArgs {
 };
 
 // Running maximum of cu_seqlens clamped to [0, total], and the blocks before each sequence. One CTA.
-__global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s, int total_q, int total_k, int block_size) {
+__global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s, int total_q, int total_k, int block_size,
+                                                                     int group) {
   using Scan = cub::BlockScan<int, kSequenceThreads>;
   __shared__ typename Scan::TempStorage scan;
   struct Max {
@@ -62,16 +65,26 @@ __global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s
   };
   repair(s.cu_q, s.q_begin, total_q);
   repair(s.cu_k, s.key_begin, total_k);
-  int carry = 0;
-  for (int base = 0; base <= s.batch; base += kSequenceThreads) {
-    const int i = base + threadIdx.x;
-    const int blocks = i < s.batch ? (s.key_begin[i + 1] - s.key_begin[i] + block_size - 1) / block_size : 0;
-    int before, sum;
-    Scan(scan).ExclusiveSum(blocks, before, sum);
+  // out[i] = sum of count(0 .. i - 1), i <= n
+  auto sum_before = [&](int n, int32_t* out, auto count) {
+    int carry = 0;
+    for (int base = 0; base <= n; base += kSequenceThreads) {
+      const int i = base + threadIdx.x;
+      int before, sum;
+      Scan(scan).ExclusiveSum(i < n ? count(i) : 0, before, sum);
+      __syncthreads();
+      if (i <= n) out[i] = carry + before;
+      carry += sum;
+    }
     __syncthreads();
-    if (i <= s.batch) s.block_begin[i] = carry + before;
-    carry += sum;
+  };
+  sum_before(s.batch, s.block_begin,
+             [&](int b) { return (s.key_begin[b + 1] - s.key_begin[b] + block_size - 1) / block_size; });
+  for (int run = threadIdx.x; run <= s.batch + 2; run += kSequenceThreads) {
+    s.token_begin[run] = run == 0 ? 0 : run == s.batch + 2 ? total_q : s.q_begin[run - 1];
   }
+  __syncthreads();
+  sum_before(s.batch + 2, s.unit_begin, [&](int run) { return ((s.token_begin[run + 1] - s.token_begin[run]) * group + 15) / 16; });
 }
 
 // The sequence that holds `row`: the last b with begin[b] <= row; batch where row lies past them all, -1 before them.
@@ -240,7 +253,7 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, P
   }
 }
 
-// With no entries there are no lists to sort, but rows still need their last_key.
+// With no entries there are no lists to sort, but rows still need their last key.
 __global__ void make_last_keys(ListArgs a, Plan plan) {
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row < plan.total_q) a.last_key[row] = place_row(a, row, plan.block_size).last_key;
@@ -265,8 +278,23 @@ Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver) {
   plan.lists = carver.take<int32_t>(static_cast<int64_t>(plan.total_q) * p.num_heads_k * plan.list_width);
   plan.last_key = carver.take<int32_t>(plan.total_q);
   plan.blocks = carver.take<int2>(plan.num_blocks);
-  // q_begin, key_begin and block_begin stand one behind the other
-  plan.key_begin = packed ? carver.take<int32_t>(3 * (p.batch + 1)) + (p.batch + 1) : nullptr;
+  const int group = static_cast<int>(p.num_heads_q / p.num_heads_k);
+  Units& units = plan.units;
+  units.runs = packed ? static_cast<int>(p.batch) + 2 : 1;
+  units.tokens_per_run = plan.total_q;
+  if (!packed && p.seqlen_q * group % 16 != 0) {
+    units.runs = static_cast<int>(p.batch);
+    units.tokens_per_run = static_cast<int>(p.seqlen_q);
+  }
+  units.units_per_run = static_cast<int>((static_cast<int64_t>(units.tokens_per_run) * group + 15) / 16);
+  units.max_units = packed ? units.units_per_run + units.runs : units.runs * units.units_per_run;
+  if (packed) {
+    plan.q_begin = carver.take<int32_t>(p.batch + 1);
+    plan.key_begin = carver.take<int32_t>(p.batch + 1);
+    plan.block_begin = carver.take<int32_t>(p.batch + 1);
+    units.token_begin = carver.take<int32_t>(units.runs + 1);
+    units.unit_begin = carver.take<int32_t>(units.runs + 1);
+  }
   return plan;
 }
 
@@ -277,10 +305,13 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
   if (p.cu_seqlens_q) {
     s.cu_q = p.cu_seqlens_q;
     s.cu_k = p.cu_seqlens_k;
+    s.q_begin = const_cast<int32_t*>(plan.q_begin);
     s.key_begin = const_cast<int32_t*>(plan.key_begin);
-    s.q_begin = s.key_begin - (p.batch + 1);
-    s.block_begin = s.key_begin + (p.batch + 1);
-    repair_sequences<<<1, kSequenceThreads, 0, stream>>>(s, plan.total_q, plan.total_k, plan.block_size);
+    s.block_begin = const_cast<int32_t*>(plan.block_begin);
+    s.token_begin = const_cast<int32_t*>(plan.units.token_begin);
+    s.unit_begin = const_cast<int32_t*>(plan.units.unit_begin);
+    repair_sequences<<<1, kSequenceThreads, 0, stream>>>(s, plan.total_q, plan.total_k, plan.block_size,
+                                                         static_cast<int>(p.num_heads_q / p.num_heads_k));
   }
   if (plan.num_blocks > 0) {
     make_blocks<<<(plan.num_blocks + 255) / 256, 256, 0, stream>>>(s, plan.num_blocks, plan.block_size,

@@ -18,12 +18,28 @@ namespace nsa::cuda {
 
 inline constexpr int kNoBlock = INT_MAX;  // pads the lists: sorts behind every block
 
+// Which 16 rows an MMA tile, a "unit", holds. Row = token * G + head of the group; a sequence begins a new unit, so that no unit
+// holds rows of two (a NaN in one would reach the other as 0 * NaN), and otherwise rows fill units without padding.
+struct Units {
+  // Packed: the tokens and the units before each run of rows: those before the first sequence, the sequences, those behind the
+  // last one. [runs + 1] each, made on the device. Null: runs of equal length.
+  const int32_t* token_begin;
+  const int32_t* unit_begin;
+  int runs;
+  int tokens_per_run, units_per_run;  // where unit_begin is null
+  int max_units;                      // of one kv head; packed: an upper bound
+};
+
 // Device pointers and sizes, passed to kernels by value.
 struct Plan {
   const int32_t* lists;         // [Hkv, total_q, S] block numbers, ascending, padded with kNoBlock
   const int32_t* last_key;      // [total_q] k row of the last key that the row may see; -1 on rows outside every sequence
   const int2* blocks;           // [num_blocks] {first k row, keys}; {0, 0} for numbers that no sequence uses
-  const int32_t* key_begin;     // [B + 1] repaired cu_seqlens_k (packed), else null
+  // Packed calls only, else null: [B + 1] repaired cu_seqlens and the blocks before each sequence
+  const int32_t* q_begin;
+  const int32_t* key_begin;
+  const int32_t* block_begin;
+  Units units;
   int total_q, total_k;
   int num_blocks;               // sum over sequences of ceil(Tk / l'); packed: an upper bound
   int block_size;               // l'

@@ -1,7 +1,7 @@
 // A tile of queries against the union of their blocks: what the forward and dQ share.
 //
-// The (token, head of the group) pairs of one kv head are numbered through, row = token * G + head in group, and cut into tiles of
-// 16 rows a consumer warp: no row is padding, whatever G is. Producer warps walk the union of the tile's block lists and load
+// The (token, head of the group) pairs of one kv head are numbered through and cut into units of 16 rows (cuda::Units), one for
+// each consumer warp: whatever G is, no row is padding but at a sequence's end. Producer warps walk the union of the tile's block lists and load
 // every K/V block once into a ring of stages; a stage holds kKeys keys: a part of a block, or several blocks smaller than it.
 // Each consumer warp skips the stages that none of its tokens chose and masks the rest row by row.
 #pragma once
@@ -46,33 +46,68 @@ struct QueryTileShape {
   }
 };
 
-inline int count_tiles_per_head(int total_q, int group, int warps) {
-  return (total_q * group + 16 * warps - 1) / (16 * warps);  // the host checks that this stays below 2^31
-}
+// Where a unit of 16 rows lies among the tokens.
+struct Unit {
+  bool real;
+  int first_token, first_group;  // of its first row: q row, and head in group
+  int end_token;                 // behind the unit's run
 
-// One tile: 16 * warps rows of one kv head.
+  __device__ __forceinline__ Unit(const cuda::Units& units, int unit, int group) {
+    int run, begin, run_unit, runs = units.runs;
+    if (units.unit_begin) {
+      int low = 0, high = runs + 1;  // first run with unit_begin > unit
+      while (low < high) {
+        const int middle = (low + high) / 2;
+        if (__ldg(units.unit_begin + middle) > unit) high = middle;
+        else low = middle + 1;
+      }
+      run = low - 1;
+      real = run < runs;
+      begin = real ? __ldg(units.token_begin + run) : 0;
+      end_token = real ? __ldg(units.token_begin + run + 1) : 0;
+      run_unit = real ? unit - __ldg(units.unit_begin + run) : 0;
+    } else {
+      run = unit / units.units_per_run;
+      real = run < runs;
+      begin = run * units.tokens_per_run;
+      end_token = begin + units.tokens_per_run;
+      run_unit = unit - run * units.units_per_run;
+    }
+    const int in_run = 16 * run_unit / group;
+    first_token = begin + in_run;
+    first_group = 16 * run_unit - in_run * group;
+  }
+  __device__ __forceinline__ int last_token(int group) const { return min(first_token + (first_group + 15) / group, end_token - 1); }
+};
+
+inline int count_tiles_per_head(const cuda::Plan& plan, int warps) { return (plan.units.max_units + warps - 1) / warps; }
+
+// One tile: a unit for each of its warps, of one kv head.
 struct QueryTile {
-  int head;         // kv head
-  int first_token, num_tokens;
-  int first_group;  // head in group of the tile's first row
-  int total_q;
+  int head;        // kv head
+  int first_unit;
 
   struct Row {
     bool real;
     int token, head;  // q row, query head
   };
 
-  __device__ __forceinline__ QueryTile(int tile, int tiles_per_head, int rows, int total, int group) : total_q(total) {
-    head = tile / tiles_per_head;
-    const int first_row = (tile - head * tiles_per_head) * rows;
-    first_token = first_row / group;
-    first_group = first_row - first_token * group;
-    num_tokens = min((first_group + rows - 1) / group + 1, total - first_token);
+  __device__ __forceinline__ QueryTile(int tile, int tiles_per_head, int warps)
+      : head(tile / tiles_per_head), first_unit((tile - head * tiles_per_head) * warps) {}
+
+  // The tile's tokens follow each other, whatever sequences they belong to.
+  __device__ __forceinline__ int2 tokens(const cuda::Units& units, int warps, int group) const {  // {first, number}
+    const Unit first(units, first_unit, group);
+    if (!first.real) return {0, 0};
+    int last_unit = first_unit + warps - 1;
+    if (!Unit(units, last_unit, group).real) last_unit = (units.unit_begin ? __ldg(units.unit_begin + units.runs) : units.max_units) - 1;
+    return {first.first_token, Unit(units, last_unit, group).last_token(group) + 1 - first.first_token};
   }
-  __device__ __forceinline__ Row row(int in_tile, int group) const {
-    const int from_token = first_group + in_tile;
-    const int step = from_token / group;
-    return {first_token + step < total_q, first_token + step, head * group + from_token - step * group};
+  // Row i of a unit.
+  __device__ __forceinline__ Row row(const Unit& unit, int i, int group) const {
+    const int step = (unit.first_group + i) / group;
+    const int token = unit.first_token + step;
+    return {unit.real && token < unit.end_token, token, head * group + unit.first_group + i - step * group};
   }
 };
 
@@ -130,46 +165,66 @@ struct KeyRing {
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
 };
 
+// The block that a producer is giving to stages, part by part.
+struct BlockParts {
+  int2 place = {0, 0};  // first k row, keys
+  int done = 0;         // keys already given
+};
+
 // All producer warps walk the union for themselves (cheaper than telling each other) and copy a share of every stage.
 template <typename Shape>
 __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const cuda::TensorArg& k, const cuda::TensorArg& v,
-                                                   int number, const QueryTile& tile, KeyRing<Shape>& ring, int warp,
-                                                   int lane) {
+                                                   int number, const QueryTile& tile, int warps, int group,
+                                                   KeyRing<Shape>& ring, int warp, int lane) {
   constexpr int kThreads = 32 * Shape::kProducerWarps;
   const int thread = 32 * warp + lane;
   const int part = min(plan.block_size, Shape::kKeys);  // keys that a block gives to a stage
   const int parts = Shape::kKeys / part;                // blocks a stage
+  const RowCopy<Shape::kDk, kThreads> copy_k(k.row_bytes, thread);
+  const RowCopy<Shape::kDv, kThreads> copy_v(v.row_bytes, thread);
+  const char* k_head = k.data + tile.head * k.head_bytes;
+  const char* v_head = v.data + tile.head * v.head_bytes;
+  const int2 tokens = tile.tokens(plan.units, warps, group);
   BlockWalk<Shape::kWords> walk;
-  walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tile.first_token) * plan.list_width, plan.list_width,
-             tile.num_tokens, lane);
-  int block_keys = 0, first_key = 0, done = plan.block_size;  // of the current block; done: keys already given
+  walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tokens.x) * plan.list_width, plan.list_width,
+             tokens.y, lane);
+  auto place_upcoming = [&] { return walk.upcoming() == cuda::kNoBlock ? int2{0, 0} : __ldg(plan.blocks + walk.upcoming()); };
+  int2 upcoming = place_upcoming();
+  BlockParts block;
+  block.done = plan.block_size;
   unsigned members[Shape::kWords] = {};
   bool last;
   do {
     barrier_wait(ring.empty(), ring.phase ^ 1);
     for (int i = 0; i < parts; ++i) {
-      if (done >= plan.block_size) {
-        const int block = walk.next(members);
-        const int2 place = block == cuda::kNoBlock ? int2{0, 0} : __ldg(plan.blocks + block);
-        first_key = place.x;
-        block_keys = place.y;
-        done = 0;
+      if (block.done >= plan.block_size) {
+        walk.next(members);
+        block = {upcoming, 0};
+        upcoming = place_upcoming();  // a stage ahead: its latency hides behind the copies
       }
-      const int valid = min(max(block_keys - done, 0), part);
-      const int key = valid ? first_key + done : 0;
-      copy_rows_async<Shape::kDk, kThreads>(ring.keys() + i * part * Tile<Shape::kDk>::kRowBytes, k.at(key, tile.head),
-                                            k.row_bytes, part, valid, thread);
-      copy_rows_async<Shape::kDv, kThreads>(ring.values() + i * part * Tile<Shape::kDv>::kRowBytes, v.at(key, tile.head),
-                                            v.row_bytes, part, valid, thread);
+      const int valid = min(max(block.place.y - block.done, 0), part);
+      const int key = valid ? block.place.x + block.done : 0;
+      const char* k_rows = k_head + k.row_offset(key);
+      const char* v_rows = v_head + v.row_offset(key);
+      if (valid == Shape::kKeys) {
+        copy_k.template all<Shape::kKeys>(ring.keys(), k_rows, k.row_bytes);
+        copy_v.template all<Shape::kKeys>(ring.values(), v_rows, v.row_bytes);
+      } else {
+        copy_k.some(ring.keys() + i * part * Tile<Shape::kDk>::kRowBytes, k_rows, k.row_bytes, part, valid);
+        copy_v.some(ring.values() + i * part * Tile<Shape::kDv>::kRowBytes, v_rows, v.row_bytes, part, valid);
+      }
       if (thread == 0) {
         const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
         store_shared(info, key);
 #pragma unroll
-        for (int w = 0; w < Shape::kWords; ++w) store_shared(info + 4 + 4 * w, valid ? members[w] : 0);
+        for (int w = 0; w < Shape::kWords; ++w) {
+          if (w > 0 && w >= walk.words()) break;
+          store_shared(info + 4 + 4 * w, valid ? members[w] : 0);
+        }
       }
-      done += part;
+      block.done += part;
     }
-    last = walk.upcoming() == cuda::kNoBlock && done >= min(block_keys, plan.block_size);
+    last = walk.upcoming() == cuda::kNoBlock && block.done >= min(block.place.y, plan.block_size);
     barrier_arrive_after_copies(ring.full());
     if (thread == 0) ring.publish(number, last);
     ring.advance();
@@ -183,7 +238,7 @@ __device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda
                                               int warp, int lane) {
   // one kv head after the other: its K and V stay in the L2
   for (int t = blockIdx.x; t < tiles_per_head * num_heads_k; t += gridDim.x) {
-    produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, 16 * warps, plan.total_q, group), ring, warp, lane);
+    produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, warps), warps, group, ring, warp, lane);
   }
   barrier_wait(ring.empty(), ring.phase ^ 1);
   barrier_arrive_after_copies(ring.full());
@@ -203,10 +258,10 @@ struct Visibility {
   __device__ __forceinline__ Visibility(const KeyRing<Shape>& ring, int warp, int lane)
       : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
 
-  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, const QueryTile& tile,
-                                          const cuda::Plan& plan) const {
+  // first_token: of the tile
+  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, int first_token, const cuda::Plan& plan) const {
     // all four lanes of a row write the same
-    store_shared(places + 64 * r, row.real ? row.token - tile.first_token : 0);
+    store_shared(places + 64 * r, row.real ? row.token - first_token : 0);
     store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
   }
 

@@ -29,24 +29,46 @@ struct MatrixRow {
   __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
 };
 
-// Copies `rows` rows of kDim elements, spread over kThreads threads; rows >= valid become zeros (and aren't read). Eight threads
-// share 128 bytes, so that the swizzle is the same in every row that a thread copies and a 16-byte copy costs two instructions.
+// Copies rows of kDim elements, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the same in every row
+// that a thread copies, and a 16-byte copy costs two instructions.
 template <int kDim, int kThreads>
-__device__ __forceinline__ void copy_rows_async(uint32_t tile, const char* source, int64_t row_bytes, int rows, int valid,
-                                                int thread) {
-  constexpr int kStep = kThreads / 8;  // rows a pass
+struct RowCopy {
+  static constexpr int kStep = kThreads / 8;  // rows a pass
   static_assert(kStep % 8 == 0);
-  const int chunk = thread % 8;
-  const char* from = source + (thread / 8) * row_bytes + chunk * 16;
-  uint32_t to = tile + Tile<kDim>::offset(thread / 8, chunk);
-#pragma unroll 4
-  for (int row = thread / 8; row < rows; row += kStep) {
+  int64_t from;  // this thread's first chunk, in bytes from the tile's first row
+  uint32_t to;   // the same in shared memory
+  int row;
+
+  __device__ __forceinline__ RowCopy(int64_t row_bytes, int thread)
+      : from(thread / 8 * row_bytes + thread % 8 * 16), to(Tile<kDim>::offset(thread / 8, thread % 8)), row(thread / 8) {}
+
+  // kRows rows, all of which exist.
+  template <int kRows>
+  __device__ __forceinline__ void all(uint32_t tile, const char* source, int64_t row_bytes) const {
+    const char* p = source + from;
 #pragma unroll
-    for (int c = 0; c < kDim / 64; ++c) copy16_async(to + 128 * c, from + 128 * c, row < valid);
-    from += kStep * row_bytes;
-    to += kStep * Tile<kDim>::kRowBytes;
+    for (int pass = 0; pass < (kRows + kStep - 1) / kStep; ++pass) {
+      if (kRows % kStep == 0 || row + pass * kStep < kRows) {
+#pragma unroll
+        for (int c = 0; c < kDim / 64; ++c) copy16_async(tile + to + pass * kStep * Tile<kDim>::kRowBytes + 128 * c, p + 128 * c, true);
+      }
+      p += kStep * row_bytes;
+    }
   }
-}
+
+  // Rows >= valid become zeros (and aren't read).
+  __device__ __forceinline__ void some(uint32_t tile, const char* source, int64_t row_bytes, int rows, int valid) const {
+    const char* p = source + from;
+    uint32_t t = tile + to;
+#pragma unroll 1
+    for (int r = row; r < rows; r += kStep) {
+#pragma unroll
+      for (int c = 0; c < kDim / 64; ++c) copy16_async(t + 128 * c, p + 128 * c, r < valid);
+      p += kStep * row_bytes;
+      t += kStep * Tile<kDim>::kRowBytes;
+    }
+  }
+};
 
 // a[16 x kDim] as A operand, kept in shared memory: one k-step of 16.
 template <int kDim>
@@ -86,7 +108,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], 
   }
 }
 
-// acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a multiple of 64
+// acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a multiple of 64.
 template <typename Element, int kDim, int kRows, int kColumns>
 __device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4], uint32_t tile,
                                          int lane) {

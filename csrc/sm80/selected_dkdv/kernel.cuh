@@ -243,10 +243,10 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   Gather<Config> gather(a, item);
   const int iterations = (gather.rows + Config::kRows - 1) / Config::kRows;
   if (iterations > 0) {  // they arrive with the first stage
-    device::copy_rows_async<Config::kDk, Config::kThreads>(block, a.k.at(item.first_key, item.head), a.k.row_bytes,
-                                                           16 * key_tiles, item.keys, threadIdx.x);
-    device::copy_rows_async<Config::kDv, Config::kThreads>(block + Config::kKeyBytes, a.v.at(item.first_key, item.head),
-                                                           a.v.row_bytes, 16 * key_tiles, item.keys, threadIdx.x);
+    const device::RowCopy<Config::kDk, Config::kThreads> copy_k(a.k.row_bytes, threadIdx.x);
+    const device::RowCopy<Config::kDv, Config::kThreads> copy_v(a.v.row_bytes, threadIdx.x);
+    copy_k.some(block, a.k.at(item.first_key, item.head), a.k.row_bytes, 16 * key_tiles, item.keys);
+    copy_v.some(block + Config::kKeyBytes, a.v.at(item.first_key, item.head), a.v.row_bytes, 16 * key_tiles, item.keys);
   }
   for (int s = 0; s < min(stages, iterations); ++s) gather.copy(a, item.head, stage_at(s), full(s));
 

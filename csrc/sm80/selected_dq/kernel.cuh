@@ -9,15 +9,16 @@ namespace nsa::sm80::selected_dq {
 using cuda::BackwardArgs;
 using device::KeyRing;
 using device::QueryTile;
+using device::Unit;
 
 // Copies the warp's 16 rows of one tensor into its own shared memory; rows that don't exist become zeros.
 template <int kDim>
-__device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& from, const QueryTile& tile, int group, int warp,
-                                          int lane) {
+__device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& from, const QueryTile& tile, const Unit& unit,
+                                          int group, int lane) {
   constexpr int kChunks = device::Tile<kDim>::kChunks;
   for (int i = lane; i < 16 * kChunks; i += 32) {
     const int r = i / kChunks, chunk = i - r * kChunks;
-    const QueryTile::Row row = tile.row(16 * warp + r, group);
+    const QueryTile::Row row = tile.row(unit, r, group);
     const char* source = row.real ? from.at(row.token, row.head) + 16 * chunk : from.data;
     device::copy16_async(to + device::Tile<kDim>::offset(r, chunk), source, row.real);
   }
@@ -27,13 +28,15 @@ template <typename Config>
 __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile& tile, const KeyRing<Config>& ring, int warp,
                                           int lane, const device::Visibility<Config>& sees, float (&lse2)[2], float (&delta)[2]) {
   const uint32_t own = ring.own(warp);
+  const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
+  const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
   __syncwarp();  // every lane is done with the last tile's rows
-  copy_tile<Config::kDk>(own, a.q, tile, a.group, warp, lane);
-  copy_tile<Config::kDv>(own + 16 * device::Tile<Config::kDk>::kRowBytes, a.dout, tile, a.group, warp, lane);
+  copy_tile<Config::kDk>(own, a.q, tile, unit, a.group, lane);
+  copy_tile<Config::kDv>(own + 16 * device::Tile<Config::kDk>::kRowBytes, a.dout, tile, unit, a.group, lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const QueryTile::Row row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
-    sees.set_row(r, row, tile, a.plan);
+    const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
+    sees.set_row(r, row, first_token, a.plan);
     const int heads = a.num_heads_k * a.group;
     const cuda::RowStats stats =
         row.real ? a.stats[static_cast<int64_t>(row.token) * heads + row.head] : cuda::RowStats{INFINITY, 0.f};
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   device::Visibility<Config> sees(ring, warp, lane);
   for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
     float lse2[2], delta[2], dq[Config::kDk / 8][4];
-    load_rows<Config>(a, QueryTile(t, tiles_per_head, 16 * warps, a.plan.total_q, a.group), ring, warp, lane, sees, lse2, delta);
+    load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), ring, warp, lane, sees, lse2, delta);
     device::clear(dq);
     while (true) {
       if (sees.read(ring, a.plan.block_size)) {
@@ -112,10 +115,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     }
     t = ring.wait_tile();  // again, rather than kept in a register
     ring.release(lane);
-    const QueryTile tile(t, tiles_per_head, 16 * warps, a.plan.total_q, a.group);
+    const QueryTile tile(t, tiles_per_head, warps);
+    const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const QueryTile::Row row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+      const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
       if (row.real) device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
     }
   }

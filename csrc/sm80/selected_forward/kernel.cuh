@@ -9,6 +9,7 @@ using cuda::ForwardArgs;
 using device::KeyRing;
 using device::kFullWarp;
 using device::QueryTile;
+using device::Unit;
 
 inline constexpr float kLn2 = 0.6931471805599453f;
 // A row's maximum is only followed when it grows by more than this (log2): P stays below 2^8, exact enough in 16 bits, and most
@@ -27,10 +28,12 @@ template <typename Config>
 __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile& tile, int warp, int lane,
                                           const device::Visibility<Config>& sees, Rows<Config>& rows) {
   const char* q[2];
+  const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
+  const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const QueryTile::Row row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
-    sees.set_row(r, row, tile, a.plan);
+    const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
+    sees.set_row(r, row, first_token, a.plan);
     q[r] = row.real ? a.q.at(row.token, row.head) + 4 * (lane & 3) : nullptr;
     rows.max2[r] = -INFINITY;
     rows.sum[r] = 0.f;
@@ -118,18 +121,19 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>
 template <typename Config>
 __device__ __forceinline__ void store_rows(const ForwardArgs& a, const QueryTile& tile, int warp, int lane,
                                            const Rows<Config>& rows) {
+  const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const QueryTile::Row row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+    const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
     float sum = rows.sum[r];
     sum += __shfl_xor_sync(kFullWarp, sum, 1);
     sum += __shfl_xor_sync(kFullWarp, sum, 2);
     if (!row.real) continue;
     device::store_row<typename Config::Element, Config::kDv>(a.o.at(row.token, row.head), rows.o, r,
-                                                             sum > 0.f ? 1.f / sum : 0.f, lane);
+                                                             sum == 0.f ? 0.f : 1.f / sum, lane);
     if (a.lse.data && (lane & 3) == 0) {
       *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) =
-          sum > 0.f ? rows.max2[r] * kLn2 + logf(sum) : -INFINITY;
+          sum == 0.f ? -INFINITY : rows.max2[r] * kLn2 + logf(sum);
     }
   }
 }
@@ -150,7 +154,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   device::Visibility<Config> sees(ring, warp, lane);
   for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
     Rows<Config> rows;
-    load_rows<Config>(a, QueryTile(t, tiles_per_head, 16 * warps, a.plan.total_q, a.group), warp, lane, sees, rows);
+    load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), warp, lane, sees, rows);
     while (true) {
       if (sees.read(ring, a.plan.block_size)) attend<Config>(rows, ring, sees, a.scale_log2, lane);
       if (ring.is_last()) break;
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     }
     t = ring.wait_tile();  // again, rather than kept in a register
     ring.release(lane);
-    store_rows<Config>(a, QueryTile(t, tiles_per_head, 16 * warps, a.plan.total_q, a.group), warp, lane, rows);
+    store_rows<Config>(a, QueryTile(t, tiles_per_head, warps), warp, lane, rows);
   }
 }
 

@@ -1,0 +1,28 @@
+// The CPU backend of selected attention: the readable form of what the CUDA kernels compute, and fast enough to train with.
+//
+//   sequences     where each row stands: its sequence, its position, what it may see
+//   block_lists   the caller's lists, made ascending and unique once
+//   packed_keys   K and V in the compute type, in the two layouts that the products want
+//   forward       for each query: scores, online softmax, P V
+//   dq            for each query: dS K
+//   inverted_index, dkdv   for each key block: P^T dO and dS^T Q over the queries that chose it
+//   kernels       products and row operations, compiled once per instruction set and chosen at run time
+//
+// Every output element is computed by one thread in an order that depends on sizes alone: the same bits for any thread count.
+#pragma once
+
+#include <cstddef>
+
+#include "nsa_cuda/nsa.h"
+
+namespace nsa::cpu {
+
+// Bytes of scratch; a function of sizes and the number of threads. Arguments have passed validation.
+std::size_t workspace_bytes(const SelectedAttentionForward& args);
+std::size_t workspace_bytes(const SelectedAttentionBackward& args);
+
+// Shapes and pointers have passed validation; values in block_indices, block_counts and cu_seqlens_* may be anything.
+void selected_attention(const SelectedAttentionForward& args);
+void selected_attention(const SelectedAttentionBackward& args);
+
+}  // namespace nsa::cpu
