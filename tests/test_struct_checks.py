@@ -190,7 +190,7 @@ def test_thread_count_is_refused() -> None:
 
 def test_workspace_is_refused() -> None:
     given = problem()
-    needed = _C.backward_workspace(given, True, True, True, True)
+    needed = _C.backward_workspace(given, True, True, True, True, num_threads=1)
     if needed == 0:
         pytest.skip("this backend needs no workspace")
     with pytest.raises(ValueError, match=f"workspace_bytes is 0; this call needs {needed}"):
