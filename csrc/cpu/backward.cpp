@@ -30,11 +30,28 @@ Backward<Real> carve_backward(const SelectedAttentionBackward& args, Carver& car
 }
 
 template <typename Real>
+struct DeltaScratch {
+  Real *o, *d_out;  // [Dv]
+  Real* delta;      // [1]
+
+  static DeltaScratch carve(std::int64_t dim, Carver& carver) {
+    // Both o and delta are touched in whole vectors.
+    Real* const o = carver.take<Real>(dim + kAlignment);
+    Real* const d_out = carver.take<Real>(dim);
+    return {o, d_out, carver.take<Real>(padded<Real>(1))};
+  }
+};
+
+template <typename Real>
 std::size_t scratch_bytes(const SelectedAttentionProblem& problem) {
-  return std::max(dq_scratch_bytes<Real>(problem), dkdv_scratch_bytes<Real>(problem));
+  Carver delta(nullptr);
+  DeltaScratch<Real>::carve(problem.head_dim_v, delta);
+  return std::max({delta.used(), dq_scratch_bytes<Real>(problem), dkdv_scratch_bytes<Real>(problem)});
 }
 
-// delta [total_q, Hq] of the rows that see a key: others hold anything in do and dlse.
+// delta [total_q, Hq] of the rows that see a key: others hold anything in do and dlse. A product of one row and one
+// column adds up in the order that dP's do: where one key has all the weight (o = v), dP - delta is dlse without a
+// rounding error.
 template <typename Real>
 void compute_delta(const Backward<Real>& b, char* scratch) {
   constexpr std::int64_t kRowsPerPiece = 64;
@@ -43,21 +60,30 @@ void compute_delta(const Backward<Real>& b, char* scratch) {
   const Kernels<Real>& kernel = kernels<Real>();
   const std::int64_t dim = p.head_dim_v;
   const std::size_t thread_bytes = scratch_bytes<Real>(p);
-  parallel_for(b.num_threads, b.sequences.total_q, kRowsPerPiece, [&](int thread, std::int64_t begin, std::int64_t end) {
-    Real* const o = reinterpret_cast<Real*>(scratch + static_cast<std::size_t>(thread) * thread_bytes);
-    Real* const d_out = o + padded<Real>(dim);
-    for (std::int64_t q_row = begin; q_row < end; ++q_row) {
-      const RowIndex row = index_of_q(p, q_row);
-      for (std::int64_t head_q = 0; head_q < p.num_heads_q; ++head_q) {
-        if (b.lists.count(q_row, head_q / b.group()) == 0) continue;
-        kernel.load(p.dtype, address_of(args.o, p.dtype, row, head_q), dim, o);
-        kernel.load(p.dtype, address_of(args.dout, p.dtype, row, head_q), dim, d_out);
-        Real delta = kernel.dot(o, d_out, dim);
-        if (args.dlse.data) delta -= static_cast<const Real*>(args.dlse.data)[offset_of(args.dlse, row, head_q)];
-        b.delta[q_row * p.num_heads_q + head_q] = delta;
-      }
-    }
-  });
+  parallel_for(b.num_threads, b.sequences.total_q, kRowsPerPiece,
+               [&](int thread, std::int64_t begin, std::int64_t end) {
+                 Carver own(scratch + static_cast<std::size_t>(thread) * thread_bytes);
+                 const auto s = DeltaScratch<Real>::carve(dim, own);
+                 for (std::int64_t q_row = begin; q_row < end; ++q_row) {
+                   const RowIndex row = index_of_q(p, q_row);
+                   for (std::int64_t head_q = 0; head_q < p.num_heads_q; ++head_q) {
+                     if (b.lists.count(q_row, head_q / b.group()) == 0) continue;
+                     kernel.load(p.dtype, address_of(args.o, p.dtype, row, head_q), dim, s.o);
+                     kernel.load(p.dtype, address_of(args.dout, p.dtype, row, head_q), dim, s.d_out);
+                     kernel.multiply({.rows = 1,
+                                      .columns = 1,
+                                      .depth = dim,
+                                      .a = s.d_out,
+                                      .b = s.o,
+                                      .b_depth = 1,
+                                      .c = s.delta,
+                                      .c_row = 1});
+                     if (args.dlse.data)
+                       *s.delta -= static_cast<const Real*>(args.dlse.data)[offset_of(args.dlse, row, head_q)];
+                     b.delta[q_row * p.num_heads_q + head_q] = *s.delta;
+                   }
+                 }
+               });
 }
 
 template <typename Real>

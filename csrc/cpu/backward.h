@@ -18,11 +18,11 @@ struct Backward {
   Sequences sequences = {};
   BlockLists lists = {};
   UsedPanels used = {};
-  InvertedIndex index = {};        // dK, dV
-  KeyColumns<Real> k = {}, v = {};      // [Hkv, panels, Dk | Dv, 64]; v: for dQ and dK
+  InvertedIndex index = {};         // dK, dV
+  KeyColumns<Real> k = {}, v = {};  // [Hkv, panels, Dk | Dv, 64]; v: for dQ and dK
   KeyRows<Real> k_rows = {};        // [Hkv, total_k, Dk]; for dQ
-  Real* delta = nullptr;             // [total_q, Hq]; only live rows are filled
-  Real* partial = nullptr;             // [index.max_split_segments, keys_per_split, Dk + Dv (padded)]
+  Real* delta = nullptr;            // [total_q, Hq]; only live rows are filled
+  Real* partial = nullptr;          // [index.max_split_segments, keys_per_split, Dk + Dv (padded)]
   std::int64_t keys_per_split = 0;  // l'
 
   std::int64_t group() const { return problem.num_heads_q / problem.num_heads_k; }

@@ -19,7 +19,8 @@ std::int64_t entries_of(const SelectedAttentionProblem& problem, RowIndex index,
   return std::clamp<std::int64_t>(count, 0, problem.num_indices);
 }
 
-// Copies the entries in [0, limit) and returns how many there are. An int64 entry is compared as it is, never truncated.
+// Copies the entries in [0, limit) and returns how many there are. An int64 entry is compared as it is, never
+// truncated.
 template <typename Index>
 std::int64_t copy_valid(const Index* entries, std::int64_t stride, std::int64_t count, std::int64_t limit,
                         std::int32_t* ids) {

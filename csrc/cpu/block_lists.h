@@ -1,5 +1,5 @@
-// The caller's lists as everything else wants them: for every (q row, kv head) the ids of valid blocks, ascending, each once.
-// Nothing after this looks at a raw index again.
+// The caller's lists as everything else wants them: for every (q row, kv head) the ids of valid blocks, ascending, each
+// once. Nothing after this looks at a raw index again.
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,8 @@ inline float from_float16(std::uint16_t x) {
   const std::uint32_t magnitude = x & 0x7fffu;
   std::uint32_t bits = (magnitude << 13) + (112u << 23);
   bits += magnitude >= 0x7c00u ? 112u << 23 : 0u;  // inf, NaN
-  const std::uint32_t subnormal = bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f);
+  const std::uint32_t subnormal =
+      bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f);
   bits = magnitude < 0x0400u ? subnormal : bits;
   return bit_cast<float>(bits | (static_cast<std::uint32_t>(x & 0x8000u) << 16));
 }

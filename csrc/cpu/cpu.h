@@ -1,4 +1,5 @@
-// The CPU backend of selected attention: the readable form of what the CUDA kernels compute, and fast enough to train with.
+// The CPU backend of selected attention: the readable form of what the CUDA kernels compute, and fast enough to train
+// with.
 //
 //   sequences     where each row stands: its sequence, its position, what it may see
 //   block_lists   the caller's lists, made ascending and unique once
@@ -8,7 +9,8 @@
 //   inverted_index, dkdv   for each key block: P^T dO and dS^T Q over the queries that chose it
 //   kernels       products and row operations, compiled once per instruction set and chosen at run time
 //
-// Every output element is computed by one thread in an order that depends on sizes alone: the same bits for any thread count.
+// Every output element is computed by one thread in an order that depends on sizes alone: the same bits for any thread
+// count.
 #pragma once
 
 #include <cstddef>

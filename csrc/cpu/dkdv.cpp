@@ -8,23 +8,23 @@
 namespace nsa::cpu {
 namespace {
 
-// Keys whose sums one piece of work keeps, and query rows per product: four times the depth of one query at G = 16, so that
-// reading and writing the sums [64, D] costs little beside the products.
+// Keys whose sums one piece of work keeps, and query rows per product: four times the depth of one query at G = 16, so
+// that reading and writing the sums [64, D] costs little beside the products.
 constexpr std::int64_t kTileKeys = kPanelKeys;
 constexpr std::int64_t kTileRows = 64;
 
 template <typename Real>
 struct KeyTileScratch {
   std::int64_t q_row = 0, o_row = 0, score_row = 0;  // row strides
-  Real* q = nullptr;         // [rows, Dk]
-  Real* d_out = nullptr;     // [rows, Dv]
-  Real* scores = nullptr;    // [rows, keys] S, then P
-  Real* d_scores = nullptr;  // [rows, keys] dP, then dS
-  Real* lse = nullptr;       // [rows]
-  Real* delta = nullptr;     // [rows]
-  std::int64_t* visible = nullptr;  // [rows] keys of the tile that the row sees
-  Real* dk = nullptr;        // [keys, Dk]
-  Real* dv = nullptr;        // [keys, Dv]
+  Real* q = nullptr;                                 // [rows, Dk]
+  Real* d_out = nullptr;                             // [rows, Dv]
+  Real* scores = nullptr;                            // [rows, keys] S, then P
+  Real* d_scores = nullptr;                          // [rows, keys] dP, then dS
+  Real* lse = nullptr;                               // [rows]
+  Real* delta = nullptr;                             // [rows]
+  std::int64_t* visible = nullptr;                   // [rows] keys of the tile that the row sees
+  Real* dk = nullptr;                                // [keys, Dk]
+  Real* dv = nullptr;                                // [keys, Dv]
 
   static KeyTileScratch carve(const SelectedAttentionProblem& problem, Carver& carver) {
     const std::int64_t rows = std::max(kTileRows, problem.num_heads_q / problem.num_heads_k);
@@ -47,9 +47,9 @@ struct KeyTileScratch {
 
 // A tile of keys of one list, and the queries that a piece of work sums over.
 struct KeyTile {
-  std::int64_t head = 0;                          // kv head
-  KeyRange keys;                                  // k rows, at most kTileKeys
-  const std::int64_t* begin = nullptr, *end = nullptr;  // q rows
+  std::int64_t head = 0;                                // kv head
+  KeyRange keys;                                        // k rows, at most kTileKeys
+  const std::int64_t *begin = nullptr, *end = nullptr;  // q rows
 };
 
 // Loads the queries from *next on that see a key of the tile, up to the scratch's size; returns rows = queries * G.

@@ -112,8 +112,9 @@ void run_forward(const SelectedAttentionForward& args) {
   fill_used_panels(f.problem, f.sequences, f.lists, f.used, num_threads);
   pack_keys<Real>(f.problem, f.sequences, f.used, args.k, f.k, {}, num_threads);
   pack_keys<Real>(f.problem, f.sequences, f.used, args.v, {}, f.v, num_threads);
-  for_queries<Real>(f.problem, f.sequences.total_q, false, num_threads, scratch,
-                    [&](std::int64_t q_row, std::int64_t head, const QueryScratch<Real>& s) { attend(f, q_row, head, s); });
+  for_queries<Real>(
+      f.problem, f.sequences.total_q, false, num_threads, scratch,
+      [&](std::int64_t q_row, std::int64_t head, const QueryScratch<Real>& s) { attend(f, q_row, head, s); });
 }
 
 }  // namespace

@@ -72,23 +72,11 @@ void score_gradients(const ScoreGradients<Real>& g) {
 }
 
 template <typename Real>
-Real dot(const Real* x, const Real* y, std::int64_t count) {
-  constexpr int kStep = kLanes<Real>;
-  Vector<Real> sums = {};
-  std::int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) sums += load_vector(x + i) * load_vector(y + i);
-  Real sum = sum_of_lanes<Real>(sums);
-  for (; i < count; ++i) sum += x[i] * y[i];
-  return sum;
-}
-
-template <typename Real>
 constexpr Kernels<Real> make_kernels(const char* instruction_set) {
   return {.instruction_set = instruction_set,
           .multiply = multiply<Real>,
           .softmax_step = softmax_step<Real>,
           .score_gradients = score_gradients<Real>,
-          .dot = dot<Real>,
           .load = load_elements,
           .store = store_elements};
 }

@@ -13,12 +13,12 @@ namespace nsa::cpu {
 // c[m, n] (+)= sum over k of a[m, k] b[k, n].
 template <typename Real>
 struct Product {
-  std::int64_t rows = 0, columns = 0, depth = 0;      // m, n, k
-  const Real* a = nullptr;                            // a[m, k] = a[m * a_row + k * a_depth]
+  std::int64_t rows = 0, columns = 0, depth = 0;  // m, n, k
+  const Real* a = nullptr;                        // a[m, k] = a[m * a_row + k * a_depth]
   std::int64_t a_row = 0, a_depth = 1;
-  const Real* b = nullptr;                            // [k, n]
+  const Real* b = nullptr;  // [k, n]
   std::int64_t b_depth = 0;
-  Real* c = nullptr;                                  // [m, n]
+  Real* c = nullptr;  // [m, n]
   std::int64_t c_row = 0;
   bool accumulate = false;
 };
@@ -55,7 +55,6 @@ struct Kernels {
   void (*multiply)(const Product<Real>&) = nullptr;
   void (*softmax_step)(const SoftmaxStep<Real>&) = nullptr;
   void (*score_gradients)(const ScoreGradients<Real>&) = nullptr;
-  Real (*dot)(const Real* x, const Real* y, std::int64_t count) = nullptr;
   // Elements of a tensor, to the compute type and back (round to nearest even).
   void (*load)(Dtype dtype, const void* source, std::int64_t count, Real* target) = nullptr;
   void (*store)(Dtype dtype, const Real* source, std::int64_t count, void* target) = nullptr;
@@ -70,7 +69,7 @@ struct KernelSet {
   Kernels<double> of_double;
 };
 extern const KernelSet kPortableKernels;
-extern const KernelSet kAvx2Kernels;    // x86-64 only, as the next
+extern const KernelSet kAvx2Kernels;  // x86-64 only, as the next
 extern const KernelSet kAvx512Kernels;
 
 }  // namespace nsa::cpu

@@ -1,7 +1,7 @@
-// K and V in the compute type, in the layouts that products read: rows [keys, D] for P V and dS K, and columns (transposed,
-// [D, keys]) for Q K^T and dO V^T, so that vectors always run along memory. A key is packed once and read by every query that
-// selected it: about n l' G / ... times; packing costs one pass over K and V. Panels that no list names are not packed
-// (decoding touches few).
+// K and V in the compute type, in the layouts that products read: rows [keys, D] for P V and dS K, and columns
+// (transposed, [D, keys]) for Q K^T and dO V^T, so that vectors always run along memory. A key is packed once and read
+// by every query that selected it: about n l' G / ... times; packing costs one pass over K and V. Panels that no list
+// names are not packed (decoding touches few).
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,8 @@
 
 namespace nsa::cpu {
 
-// Keys of a transposed panel. Panels cut the k rows of all sequences at multiples of this; 64 floats are four AVX-512 vectors.
+// Keys of a transposed panel. Panels cut the k rows of all sequences at multiples of this; 64 floats are four AVX-512
+// vectors.
 inline constexpr std::int64_t kPanelKeys = 64;
 
 // [Hkv, num_panels, D, kPanelKeys]
@@ -76,7 +77,8 @@ struct KeyPiece {
   std::int64_t column = 0;  // of the tile of scores
 };
 
-// Walks the visible keys of one list in chunks. Blocks that touch make one run, so l' doesn't matter beyond its memory order.
+// Walks the visible keys of one list in chunks. Blocks that touch make one run, so l' doesn't matter beyond its memory
+// order.
 class KeyWalk {
  public:
   KeyWalk(const std::int32_t* begin, const std::int32_t* end, KeyRange keys, std::int64_t block_size)

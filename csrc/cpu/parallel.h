@@ -9,8 +9,8 @@ namespace nsa::cpu {
 
 inline int resolve_threads(int num_threads) { return num_threads > 0 ? num_threads : omp_get_max_threads(); }
 
-// Calls body(thread, begin, end) on pieces of [0, count) of at most `grain`, 0 <= thread < num_threads. Which thread gets a
-// piece is left to chance (lists are uneven), so a piece must not care.
+// Calls body(thread, begin, end) on pieces of [0, count) of at most `grain`, 0 <= thread < num_threads. Which thread
+// gets a piece is left to chance (lists are uneven), so a piece must not care.
 template <typename Body>
 void parallel_for(int num_threads, std::int64_t count, std::int64_t grain, const Body& body) {
   const std::int64_t pieces = (count + grain - 1) / grain;

@@ -9,7 +9,8 @@
 namespace nsa::cpu {
 namespace {
 
-// The tile of c that lives in registers, rows x vectors: 16 accumulators of 32 registers (AVX-512), 12 of 16 (AVX2), 8 of 16.
+// The tile of c that lives in registers, rows x vectors: 16 accumulators of 32 registers (AVX-512), 12 of 16 (AVX2), 8
+// of 16.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 4, kTileVectors = 4;
 #elif defined(__AVX2__)
@@ -59,12 +60,18 @@ void multiply_columns(const Product<Real>& p, std::int64_t column) {
   for (; row + kTileRows <= p.rows; row += kTileRows) multiply_tile<Real, kTileRows, kVectors>(p, row, column);
   static_assert(kTileRows <= 6);
   switch (p.rows - row) {
-    case 5: return multiply_tile<Real, 5, kVectors>(p, row, column);
-    case 4: return multiply_tile<Real, 4, kVectors>(p, row, column);
-    case 3: return multiply_tile<Real, 3, kVectors>(p, row, column);
-    case 2: return multiply_tile<Real, 2, kVectors>(p, row, column);
-    case 1: return multiply_tile<Real, 1, kVectors>(p, row, column);
-    default: return;
+    case 5:
+      return multiply_tile<Real, 5, kVectors>(p, row, column);
+    case 4:
+      return multiply_tile<Real, 4, kVectors>(p, row, column);
+    case 3:
+      return multiply_tile<Real, 3, kVectors>(p, row, column);
+    case 2:
+      return multiply_tile<Real, 2, kVectors>(p, row, column);
+    case 1:
+      return multiply_tile<Real, 1, kVectors>(p, row, column);
+    default:
+      return;
   }
 }
 

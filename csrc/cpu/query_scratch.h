@@ -9,25 +9,26 @@
 
 namespace nsa::cpu {
 
-// Keys per chunk: scores [G, chunk] of 32 KiB (float) stay in the caches while they pass from product to softmax to product.
+// Keys per chunk: scores [G, chunk] of 32 KiB (float) stay in the caches while they pass from product to softmax to
+// product.
 inline std::int64_t keys_per_chunk(std::int64_t group) {
   return std::clamp<std::int64_t>(8192 / group / kPanelKeys * kPanelKeys, kPanelKeys, 512);
 }
 
 template <typename Real>
 struct QueryScratch {
-  std::int64_t chunk = 0;                           // keys
+  std::int64_t chunk = 0;                            // keys
   std::int64_t q_row = 0, o_row = 0, score_row = 0;  // row strides
-  Real* q = nullptr;        // [G, Dk]
-  Real* d_out = nullptr;    // [G, Dv]
-  Real* sum_q = nullptr;    // [G, Dk] dQ
-  Real* sum_o = nullptr;    // [G, Dv] o
-  Real* scores = nullptr;   // [G, chunk] S, then P
-  Real* d_scores = nullptr; // [G, chunk] dP, then dS
-  Real* row_max = nullptr;  // [G]; backward: lse
-  Real* row_sum = nullptr;  // [G]; backward: delta
-  std::int64_t* visible = nullptr;  // [G]
-  KeyPiece* pieces = nullptr;       // [chunk]
+  Real* q = nullptr;                                 // [G, Dk]
+  Real* d_out = nullptr;                             // [G, Dv]
+  Real* sum_q = nullptr;                             // [G, Dk] dQ
+  Real* sum_o = nullptr;                             // [G, Dv] o
+  Real* scores = nullptr;                            // [G, chunk] S, then P
+  Real* d_scores = nullptr;                          // [G, chunk] dP, then dS
+  Real* row_max = nullptr;                           // [G]; backward: lse
+  Real* row_sum = nullptr;                           // [G]; backward: delta
+  std::int64_t* visible = nullptr;                   // [G]
+  KeyPiece* pieces = nullptr;                        // [chunk]
 
   static QueryScratch carve(const SelectedAttentionProblem& problem, bool backward, Carver& carver) {
     const std::int64_t group = problem.num_heads_q / problem.num_heads_k;

@@ -66,10 +66,8 @@ QueryPlace place_query(const SelectedAttentionProblem& problem, const Sequences&
   if (b < 0 || b >= s.batch) return {};
   const std::int64_t length_q = s.q_begin[b + 1] - s.q_begin[b];
   const std::int64_t length_k = s.k_begin[b + 1] - s.k_begin[b];
-  const std::int64_t position =
-      q_row - s.q_begin[b] + position_of_first_query(problem, b, length_q, length_k);
-  const std::int64_t visible_keys =
-      problem.causal ? std::clamp<std::int64_t>(position + 1, 0, length_k) : length_k;
+  const std::int64_t position = q_row - s.q_begin[b] + position_of_first_query(problem, b, length_q, length_k);
+  const std::int64_t visible_keys = problem.causal ? std::clamp<std::int64_t>(position + 1, 0, length_k) : length_k;
   return {.first_block = s.block_begin[b],
           .num_visible_blocks = count_blocks(visible_keys, problem.block_size),
           .keys = {s.k_begin[b], s.k_begin[b] + visible_keys}};

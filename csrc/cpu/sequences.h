@@ -1,5 +1,5 @@
-// Where rows stand. Rows of all sequences are numbered through (q row 0 .. total_q, k row 0 .. total_k), and so are their
-// blocks, whether the call is batched or packed.
+// Where rows stand. Rows of all sequences are numbered through (q row 0 .. total_q, k row 0 .. total_k), and so are
+// their blocks, whether the call is batched or packed.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,12 @@
 namespace nsa::cpu {
 
 struct Sequences {
-  std::int64_t batch = 0;                // B
-  std::int64_t total_q = 0, total_k = 0; // rows
-  std::int64_t num_blocks = 0;           // of all sequences; packed: an upper bound
-  std::int64_t* q_begin = nullptr;       // [B + 1] first q row of each sequence; packed: repaired cu_seqlens_q
-  std::int64_t* k_begin = nullptr;       // [B + 1]
-  std::int64_t* block_begin = nullptr;   // [B + 1] number of each sequence's block 0
+  std::int64_t batch = 0;                 // B
+  std::int64_t total_q = 0, total_k = 0;  // rows
+  std::int64_t num_blocks = 0;            // of all sequences; packed: an upper bound
+  std::int64_t* q_begin = nullptr;        // [B + 1] first q row of each sequence; packed: repaired cu_seqlens_q
+  std::int64_t* k_begin = nullptr;        // [B + 1]
+  std::int64_t* block_begin = nullptr;    // [B + 1] number of each sequence's block 0
 };
 
 // Keys [begin, end), as k rows.
@@ -61,9 +61,7 @@ std::int64_t offset_of(const AnyTensor& tensor, RowIndex index, std::int64_t hea
   return index.batch * tensor.batch_stride + index.row * tensor.row_stride + head * tensor.head_stride;
 }
 
-inline std::int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+inline std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Address of the D elements at [batch, row, head].
 inline void* address_of(const Tensor& tensor, Dtype dtype, RowIndex index, std::int64_t head) {

@@ -1,5 +1,5 @@
-// Vectors of the instruction set that the including file is compiled for. Only kernels_*.cpp include this, and everything is in an
-// unnamed namespace: two files' functions of one name hold different instructions.
+// Vectors of the instruction set that the including file is compiled for. Only kernels_*.cpp include this, and
+// everything is in an unnamed namespace: two files' functions of one name hold different instructions.
 #pragma once
 
 #include <cstddef>
@@ -91,8 +91,8 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   static constexpr int kMantissaBits = 23, kBias = 127, kTerms = 8;
-  static constexpr float kLowest = -87.0f, kHighest = 88.0f;   // exp stays a normal number
-  static constexpr float kRound = 12582912.0f;                 // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr float kLowest = -87.0f, kHighest = 88.0f;  // exp stays a normal number
+  static constexpr float kRound = 12582912.0f;                // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float kLog2High = 0.693359375f, kLog2Low = -2.12194440e-4f;  // ln 2, the high part with 9 bits
 };
 template <>
