@@ -219,7 +219,7 @@ def test_halves_of_the_keys_merge(target: Target):
     found = {"o": o.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
     ref = oracle(made)
     # Each half is rounded on its own and the gradient passes through o of the halves: a few roundings more.
-    slack = 4 * torch.finfo(target.dtype).eps
+    slack = max(4 * torch.finfo(target.dtype).eps, 16 * torch.finfo(target.lse_dtype).eps)
     for name in OUTPUTS:
         assert (found[name].double() - ref[name]).norm() <= slack * ref[name].norm(), name
 
