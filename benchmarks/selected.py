@@ -185,7 +185,10 @@ class Bench:
             lists = {name: MAKERS[name](shape, self.device) for name in self.arguments.selections}
         for name, blocks in lists.items():
             self._sparse(shape, name, blocks, sets, "nsa_cuda")
-        if self.device.type == "cuda" and methods.fla_module() is not None:
+        # Its kernels take about a minute to compile for each pair of head dims: presets compare the paper's alone.
+        wanted = bool(self.arguments.seqlens) or (shape.dim_qk, shape.dim_v) == (128, 128)
+        if self.device.type == "cuda" and methods.fla_module() is not None and wanted:
+            print("flash-linear-attention (the first call compiles its kernels)", flush=True)
             for name, blocks in lists.items():
                 self._sparse(shape, name, blocks, sets, "flash-linear-attention")
         if not self.arguments.no_dense:

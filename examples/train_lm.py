@@ -25,7 +25,16 @@ import nsa_cuda
 import torch
 from lm.data import load_corpus
 from lm.model import ByteModel, ModelConfig
-from lm.train import Run, TrainConfig, generate, held_out_windows, make_run, tokens_per_second, train
+from lm.train import (
+    Run,
+    TrainConfig,
+    blocks_selected,
+    generate,
+    held_out_windows,
+    make_run,
+    tokens_per_second,
+    train,
+)
 
 # What the options default to. GPU kernels have head dims 64, 128, 256 and blocks of 16, 32, 64, 128.
 _CPU = {
@@ -33,7 +42,7 @@ _CPU = {
     "head_dim": 32, "block_size": 16, "topk": 8, "window": 32, "kernel_size": 16, "kernel_stride": 8,
 }  # fmt: skip
 _GPU = {
-    "context": 4096, "batch": 2, "steps": 1500, "minutes": 2.25, "layers": 4, "width": 512, "heads": 8, "kv_heads": 2,
+    "context": 4096, "batch": 1, "steps": 1500, "minutes": 2.25, "layers": 4, "width": 512, "heads": 8, "kv_heads": 2,
     "head_dim": 64, "block_size": 64, "topk": 16, "window": 512, "kernel_size": 32, "kernel_stride": 16,
 }  # fmt: skip
 
@@ -134,7 +143,7 @@ def main() -> None:
     sparse = runs[0].model
     print("\nNSA writes (after the prompt 'def test_'):\n")
     print(generate(sparse, b"def test_", arguments.sample, config))
-    blocks = sparse.selected_blocks(held_out[:1, :-1].to(device)).cpu()
+    blocks = blocks_selected(sparse, held_out[:1].to(device))
     torch.save({"block_indices": blocks, "block_size": arguments.block_size}, arguments.out / "selection.pt")
     names = "results.json, selection.pt"
     try:

@@ -149,6 +149,13 @@ def held_out_windows(corpus: Corpus, config: TrainConfig, count: int) -> Tensor:
 
 
 @torch.no_grad()
+def blocks_selected(model: ByteModel, windows: Tensor) -> Tensor:
+    """The last layer's block lists for windows ``[B, T + 1]``: int32 ``[B, T, Hkv, n]`` on the CPU."""
+    with _autocast(windows.device):
+        return model.selected_blocks(windows[:, :-1]).cpu()
+
+
+@torch.no_grad()
 def generate(model: ByteModel, prompt: bytes, count: int, config: TrainConfig, temperature: float = 0.7) -> str:
     """Samples ``count`` bytes after ``prompt``, running the whole model over the last ``context`` bytes for each."""
     generator = torch.Generator().manual_seed(config.seed)
