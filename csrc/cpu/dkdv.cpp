@@ -198,16 +198,17 @@ void add_segments(const Backward<Real>& b, std::int64_t list) {
   store_tile(b, list / index.num_blocks, keys, sum.dk, sum.dv);
 }
 
-// Keys outside every sequence get zeros. `zeros` holds a row of either.
+// Keys outside every sequence get zeros.
 template <typename Real>
-void clear_outside(const Backward<Real>& b, Real* zeros) {
+void clear_outside(const Backward<Real>& b, const KeyTileScratch<Real>& s) {
   const SelectedAttentionProblem& p = b.problem;
-  std::fill(zeros, zeros + std::max(padded<Real>(p.head_dim_qk), padded<Real>(p.head_dim_v)), Real{0});
+  std::fill(s.dk, s.dk + s.q_row, Real{0});
+  std::fill(s.dv, s.dv + s.o_row, Real{0});
   const std::int64_t first = b.sequences.k_begin[0], last = b.sequences.k_begin[b.sequences.batch];
   for (const KeyRange outside : {KeyRange{0, first}, KeyRange{last, b.sequences.total_k}}) {
     for (std::int64_t head = 0; head < p.num_heads_k; ++head) {
-      store_rows(b, b.args.dk, head, outside, zeros, 0, p.head_dim_qk);
-      store_rows(b, b.args.dv, head, outside, zeros, 0, p.head_dim_v);
+      store_rows(b, b.args.dk, head, outside, s.dk, 0, p.head_dim_qk);
+      store_rows(b, b.args.dv, head, outside, s.dv, 0, p.head_dim_v);
     }
   }
 }
@@ -225,7 +226,8 @@ template <typename Real>
 void compute_dkdv(const Backward<Real>& b, char* scratch) {
   const std::size_t thread_bytes = dkdv_scratch_bytes<Real>(b.problem);
   const InvertedIndex& index = b.index;
-  clear_outside(b, reinterpret_cast<Real*>(scratch));
+  Carver first_threads(scratch);
+  clear_outside(b, KeyTileScratch<Real>::carve(b.problem, first_threads));
   const std::int64_t longest_block = std::min(b.problem.block_size, b.problem.seqlen_k);
   const std::int64_t tiles = (longest_block + kTileKeys - 1) / kTileKeys;
   const std::int64_t num_segments = index.num_lists == 0 ? 0 : index.segment_begin[index.num_lists];
