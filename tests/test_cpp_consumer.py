@@ -41,7 +41,8 @@ def cmake() -> str:
 def output(cmake: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the consumer prints."""
     build = tmp_path_factory.mktemp("consumer")
-    cmake_dir = run(sys.executable, "-m", "nsa_cuda", "--cmakedir").strip()
+    # stdout alone: importing torch may warn.
+    cmake_dir = subprocess.check_output([sys.executable, "-m", "nsa_cuda", "--cmakedir"], text=True).strip()
     ninja = find_tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     run(cmake, "-S", PROJECT, "-B", build, *generator, "-DCMAKE_BUILD_TYPE=Release", f"-Dnsa_cuda_DIR={cmake_dir}")
