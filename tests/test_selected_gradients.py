@@ -107,7 +107,8 @@ def test_only_one_result_used(target: Target, used: str):
         assert (found["dv"] == 0).all()
     both = run(made, target.backend)
     for name, x in found.items():
-        torch.testing.assert_close(x, both[name], rtol=1e-3, atol=1e-3 * float(both[name].abs().max()))
+        slack = max(1e-3, 2 * torch.finfo(target.dtype).eps)
+        torch.testing.assert_close(x, both[name], rtol=slack, atol=1e-3 * float(both[name].abs().max()))
     check(made, target, {"o": o.detach(), "lse": lse.detach(), "dq": found["dq"]})
 
 

@@ -189,7 +189,7 @@ def test_training_decreases_the_loss(target: Target):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0], losses[::10]
 
 
