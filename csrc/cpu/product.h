@@ -23,15 +23,8 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 template <typename Real, int kRows, int kVectors>
 void multiply_tile(const Product<Real>& p, std::int64_t row, std::int64_t column) {
   constexpr int kStep = kLanes<Real>;
-  Vector<Real> sum[kRows][kVectors];
+  Vector<Real> sum[kRows][kVectors] = {};
   Real* const c = p.c + row * p.c_row + column;
-#pragma GCC unroll 8
-  for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kVectors; ++n) {
-      sum[m][n] = p.accumulate ? load_vector(c + m * p.c_row + n * kStep) : Vector<Real>{};
-    }
-  }
   const Real* a = p.a + row * p.a_row;
   const Real* b = p.b + column;
   const std::int64_t a_row = p.a_row, a_depth = p.a_depth, b_depth = p.b_depth;
@@ -50,7 +43,11 @@ void multiply_tile(const Product<Real>& p, std::int64_t row, std::int64_t column
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kVectors; ++n) store_vector(c + m * p.c_row + n * kStep, sum[m][n]);
+    for (int n = 0; n < kVectors; ++n) {
+      // Sums of sums: thousands of terms added one by one to c would lose four times the digits in float.
+      Real* const target = c + m * p.c_row + n * kStep;
+      store_vector(target, p.accumulate ? load_vector(target) + sum[m][n] : sum[m][n]);
+    }
   }
 }
 
