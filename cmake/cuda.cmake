@@ -2,7 +2,7 @@
 #
 # NSA_WITH_CUDA=AUTO: where nvcc is found and (a GPU is visible, or NSA_CUDA_ARCHITECTURES is set, or FORCE_CUDA=1 is in the
 # environment). FORCE_CUDA=0 means OFF. NSA_CUDA_ARCHITECTURES may be a CMake variable or an environment variable.
-# Result: NSA_CUDA_ENABLED, CMAKE_CUDA_ARCHITECTURES ("80-real;80-virtual").
+# Result: NSA_CUDA_ENABLED, CMAKE_CUDA_ARCHITECTURES ("80-real;80-virtual"), NSA_SM90 (build the Hopper kernels, for 90a).
 
 # Compute capabilities of the visible GPUs without the dot, e.g. "80;90".
 function(nsa_find_gpus result)
@@ -96,8 +96,12 @@ if(NSA_CUDA_ENABLED)
   elseif(nsa_gpus)
     nsa_normalise_architectures(native "${nsa_gpus}" CMAKE_CUDA_ARCHITECTURES)
   else()
-    # The oldest family that the kernels run on; its PTX serves everything newer.
+    # The oldest family that the kernels run on; its PTX serves everything newer. Hopper has kernels of its own.
     nsa_normalise_architectures(80 "" CMAKE_CUDA_ARCHITECTURES)
+    set(NSA_SM90 ON)
+  endif()
+  if(CMAKE_CUDA_ARCHITECTURES MATCHES "(^|;)90")
+    set(NSA_SM90 ON)
   endif()
   enable_language(CUDA)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.0)

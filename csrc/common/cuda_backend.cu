@@ -79,16 +79,22 @@ Status query_gpu(cudaStream_t stream, Gpu* gpu) {
 
 const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
 
+// The Hopper dK/dV kernel multiplies 64 keys at a time; smaller blocks would leave most of them empty.
+bool suits_sm90(Operation operation, const SelectedAttentionProblem& p) {
+  return operation != Operation::selected_dkdv || p.block_size >= 64;
+}
+
 Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
   *found = nullptr;
-  if (p.backend == Backend::kSm90 && (gpu.major != 9 || gpu.minor != 0)) {
+  const bool hopper = gpu.major == 9 && gpu.minor == 0;
+  if (p.backend == Backend::kSm90 && !hopper) {
     return make_status(StatusCode::kNotSupported, "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0",
                        gpu.major, gpu.minor);
   }
-  if (p.backend != Backend::kSm80 && gpu.major == 9 && gpu.minor == 0) {
+  if (p.backend != Backend::kSm80 && hopper && suits_sm90(operation, p)) {
     *found = find_instance(Backend::kSm90, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
   }
-  if (!*found && p.backend != Backend::kSm90) {
+  if (!*found && (p.backend != Backend::kSm90 || !suits_sm90(operation, p))) {
     *found = find_instance(Backend::kSm80, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
   }
   if (*found) return {};

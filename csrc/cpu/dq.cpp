@@ -21,7 +21,7 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
       const std::int64_t head_q = head * group + g;
       kernel.load(p.dtype, address_of(b.args.q, p.dtype, row, head_q), p.head_dim_qk, s.q + g * s.q_row);
       kernel.load(p.dtype, address_of(b.args.dout, p.dtype, row, head_q), p.head_dim_v, s.d_out + g * s.o_row);
-      s.row_max[g] = b.lse(row, head_q);
+      s.lse[g] = b.lse(row, head_q);
     }
     const Real* const delta = b.delta + q_row * p.num_heads_q + head * group;
     const QueryPlace place = place_query(p, b.sequences, q_row);
@@ -37,7 +37,7 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
                               .s = s.scores,
                               .dp = s.d_scores,
                               .row_stride = s.score_row,
-                              .lse = s.row_max,
+                              .lse = s.lse,
                               .delta = delta,
                               .visible = s.visible});
       multiply_by_rows(kernel, group, s.d_scores, s.score_row, b.k_rows, head, s.pieces, num_pieces, s.sum_q, s.q_row);

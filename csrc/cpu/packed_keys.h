@@ -1,7 +1,7 @@
 // K and V in the compute type, in the layouts that products read: rows [keys, D] for P V and dS K, and columns
-// (transposed, [D, keys]) for Q K^T and dO V^T, so that vectors always run along memory. A key is packed once and read
-// by every query that selected it: about n l' G / ... times; packing costs one pass over K and V. Panels that no list
-// names are not packed (decoding touches few).
+// (transposed, [D, keys]) for Q K^T and dO V^T, so that vectors always run along memory. Packing is one pass over K and
+// V, where the products read a key for every query that selected it, n l' Tq / Tk times. Panels that no list names are
+// not packed: a decoding step touches n l' keys of a long cache.
 #pragma once
 
 #include <algorithm>

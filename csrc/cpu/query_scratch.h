@@ -25,8 +25,9 @@ struct QueryScratch {
   Real* sum_o = nullptr;                             // [G, Dv] o
   Real* scores = nullptr;                            // [G, chunk] S, then P
   Real* d_scores = nullptr;                          // [G, chunk] dP, then dS
-  Real* row_max = nullptr;                           // [G]; backward: lse
-  Real* row_sum = nullptr;                           // [G]; backward: delta
+  Real* row_max = nullptr;                           // [G]; forward
+  Real* row_sum = nullptr;                           // [G]; forward
+  Real* lse = nullptr;                               // [G]; backward
   std::int64_t* visible = nullptr;                   // [G]
   KeyPiece* pieces = nullptr;                        // [chunk]
 
@@ -40,15 +41,16 @@ struct QueryScratch {
     s.score_row = s.chunk + padded<Real>(1);
     s.q = carver.take<Real>(group * s.q_row);
     s.scores = carver.take<Real>(group * s.score_row);
-    s.row_max = carver.take<Real>(group);
-    s.row_sum = carver.take<Real>(group);
     s.pieces = carver.take<KeyPiece>(s.chunk);
     if (backward) {
+      s.lse = carver.take<Real>(group);
       s.d_out = carver.take<Real>(group * s.o_row);
       s.sum_q = carver.take<Real>(group * s.q_row);
       s.d_scores = carver.take<Real>(group * s.score_row);
       s.visible = carver.take<std::int64_t>(group);
     } else {
+      s.row_max = carver.take<Real>(group);
+      s.row_sum = carver.take<Real>(group);
       s.sum_o = carver.take<Real>(group * s.o_row);
     }
     return s;

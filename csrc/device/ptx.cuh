@@ -61,7 +61,7 @@ __device__ __forceinline__ void copy_small_async(uint32_t shared, const void* gl
 // Waits for all cp.async of this thread.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// mbarrier, as sm_80 has it: no suspended wait, so waiting spins.
+// mbarrier, as sm_80 has it.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -77,17 +77,19 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
 
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, unsigned parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\n"
 #if __CUDA_ARCH__ >= 900
-      "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+  // The hardware may suspend the warp for up to this many ns: spinning took a third of the issue slots from the warps at work.
+  constexpr uint32_t kSuspend = 10'000'000;
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity), "r"(kSuspend)
+               : "memory");
 #else
-      "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
 #endif
-      "selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
   return done != 0;
 }
 

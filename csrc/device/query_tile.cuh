@@ -12,9 +12,11 @@
 
 namespace nsa::device {
 
-template <int kDk_, int kDv_, int kKeys_, int kMaxWarps_, int kProducerWarps_, int kWarpBytes_ = 0>
+template <int kDk_, int kDv_, int kKeys_, int kMaxWarps_, int kProducerWarps_, int kWarpBytes_, typename TileK_, typename TileV_>
 struct QueryTileShape {
   static constexpr int kDk = kDk_, kDv = kDv_;
+  using TileK = TileK_;                                     // how a stage's keys lie in shared memory
+  using TileV = TileV_;
   static constexpr int kKeys = kKeys_;                      // keys a stage
   static constexpr int kMaxWarps = kMaxWarps_;              // consumers
   static constexpr int kProducerWarps = kProducerWarps_;
@@ -22,8 +24,8 @@ struct QueryTileShape {
   static constexpr int kThreads = 32 * (kMaxWarps + kProducerWarps);
   static constexpr int kWords = (16 * kMaxWarps + 31) / 32; // tokens of a tile, as bits
   static constexpr int kParts = kKeys / 16;                 // of 16 keys, the smallest block
-  static constexpr int kKeyBytes = kKeys * Tile<kDk>::kRowBytes;
-  static constexpr int kStageBytes = kKeyBytes + kKeys * Tile<kDv>::kRowBytes;
+  static constexpr int kKeyBytes = 2 * kKeys * kDk;
+  static constexpr int kStageBytes = kKeyBytes + 2 * kKeys * kDv;
 
   // What a stage holds, in 32-bit words: for each of its blocks (or the part of one) the k row of the first key and the tokens
   // that chose it, as bits; behind them the tile's number, and whether the stage is its last. So consumers keep no place in the
@@ -34,14 +36,14 @@ struct QueryTileShape {
   static constexpr int kMaxStages = 227 * 1024 / kStageBytes;
   static constexpr int kBarriers = 8 * 16 * kMaxWarps;  // behind the {token, last key} of every row
   static constexpr int kInfos = kBarriers + 16 * kMaxStages;
-  static constexpr int kStages = (kInfos + 4 * kInfoWords * kMaxStages + 127) / 128 * 128;
+  static constexpr int kStages = (kInfos + 4 * kInfoWords * kMaxStages + 1023) / 1024 * 1024;
   static int num_stages(int shared_bytes, int warps) { return (shared_bytes - kStages - warps * kWarpBytes) / kStageBytes; }
   static int shared_bytes(int stages, int warps) { return kStages + stages * kStageBytes + warps * kWarpBytes; }
 
   // Consumer warps: as many as leave three stages, but never fewer than four. (One stage works, three hide the latency.)
-  static int choose_warps(int shared_bytes) {
+  static int choose_warps(int shared_bytes, int step = 1) {
     int warps = kMaxWarps;
-    while (warps > 4 && num_stages(shared_bytes, warps) < 3) --warps;
+    while (warps > 4 && num_stages(shared_bytes, warps) < 3) warps -= step;
     return warps;
   }
 };
@@ -180,8 +182,8 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
   const int thread = 32 * warp + lane;
   const int part = min(plan.block_size, Shape::kKeys);  // keys that a block gives to a stage
   const int parts = Shape::kKeys / part;                // blocks a stage
-  const RowCopy<Shape::kDk, kThreads> copy_k(k.row_bytes, thread);
-  const RowCopy<Shape::kDv, kThreads> copy_v(v.row_bytes, thread);
+  const RowCopy<typename Shape::TileK, kThreads> copy_k(k.row_bytes, thread);
+  const RowCopy<typename Shape::TileV, kThreads> copy_v(v.row_bytes, thread);
   const char* k_head = k.data + tile.head * k.head_bytes;
   const char* v_head = v.data + tile.head * v.head_bytes;
   const int2 tokens = tile.tokens(plan.units, warps, group);
@@ -210,8 +212,8 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
         copy_k.template all<Shape::kKeys>(ring.keys(), k_rows, k.row_bytes);
         copy_v.template all<Shape::kKeys>(ring.values(), v_rows, v.row_bytes);
       } else {
-        copy_k.some(ring.keys() + i * part * Tile<Shape::kDk>::kRowBytes, k_rows, k.row_bytes, part, valid);
-        copy_v.some(ring.values() + i * part * Tile<Shape::kDv>::kRowBytes, v_rows, v.row_bytes, part, valid);
+        copy_k.some(ring.keys() + i * part * Shape::TileK::kRowBytes, k_rows, k.row_bytes, part, valid);
+        copy_v.some(ring.values() + i * part * Shape::TileV::kRowBytes, v_rows, v.row_bytes, part, valid);
       }
       if (thread == 0) {
         const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
@@ -254,6 +256,7 @@ struct Visibility {
   // Keys seen of every 16 of the stage, 0 to 16, a byte each: they are the first ones of the 16, since a list names whole
   // blocks and causality and the sequence's end cut off the tail.
   int seen[2];
+  static constexpr int kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
 
   __device__ __forceinline__ Visibility(const KeyRing<Shape>& ring, int warp, int lane)
       : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
@@ -274,12 +277,16 @@ struct Visibility {
       for (int r = 0; r < 2; ++r) member[r] = is_member(ring.info(), place[r].x);
       if (!__any_sync(kFullWarp, member[0] || member[1])) return false;
       const int first = load_shared(ring.info());
+      const int keys[2] = {member[0] ? place[0].y - first + 1 : 0, member[1] ? place[1].y - first + 1 : 0};
+      if (__all_sync(kFullWarp, min(keys[0], keys[1]) >= Shape::kKeys)) {  // most stages that aren't skipped
+        seen[0] = seen[1] = kAll;
+        return true;
+      }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int keys = member[r] ? place[r].y - first + 1 : 0;
         seen[r] = 0;
 #pragma unroll
-        for (int c = 0; c < Shape::kParts; ++c) seen[r] |= min(max(keys - 16 * c, 0), 16) << (8 * c);
+        for (int c = 0; c < Shape::kParts; ++c) seen[r] |= min(max(keys[r] - 16 * c, 0), 16) << (8 * c);
       }
     } else {
       const int part = min(block_size, Shape::kKeys);
@@ -300,7 +307,6 @@ struct Visibility {
   }
 
   __device__ __forceinline__ bool everything() const {
-    constexpr int kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
     return seen[0] == kAll && seen[1] == kAll;
   }
 

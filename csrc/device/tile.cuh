@@ -8,15 +8,28 @@
 
 namespace nsa::device {
 
-// Rows of kDim elements. The 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that the 8 rows of an ldmatrix matrix hit
-// 8 different bank groups.
+// Rows of kDim elements, one behind the other. The 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that the 8 rows of an
+// ldmatrix matrix hit 8 different bank groups.
 template <int kDim>
 struct Tile {
   static_assert(kDim % 64 == 0, "a row must be whole 128-byte lines for the swizzle");
   static constexpr int kRowBytes = 2 * kDim;
+  static constexpr int kBoxBytes = 128;  // from 64 columns to the next 64
   static constexpr int kChunks = kDim / 8;
   static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
-    return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+    return row * kRowBytes + (chunk / 8) * kBoxBytes + (((chunk ^ row) & 7) << 4);
+  }
+};
+
+// The same as wgmma wants it: boxes of 64 columns, one behind the other, swizzled alike.
+template <int kDim, int kRows>
+struct BoxTile {
+  static_assert(kDim % 64 == 0 && kRows % 8 == 0);
+  static constexpr int kRowBytes = 128;
+  static constexpr int kBoxBytes = kRows * kRowBytes;
+  static constexpr int kChunks = kDim / 8;
+  static __device__ __forceinline__ uint32_t offset(int row, int chunk) {
+    return row * kRowBytes + (chunk / 8) * kBoxBytes + (((chunk ^ row) & 7) << 4);
   }
 };
 
@@ -29,9 +42,9 @@ struct MatrixRow {
   __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
 };
 
-// Copies rows of kDim elements, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the same in every row
+// Copies rows into a Tile or BoxTile, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the same in every row
 // that a thread copies, and a 16-byte copy costs two instructions.
-template <int kDim, int kThreads>
+template <typename Tile, int kThreads>
 struct RowCopy {
   static constexpr int kStep = kThreads / 8;  // rows a pass
   static_assert(kStep % 8 == 0);
@@ -40,7 +53,7 @@ struct RowCopy {
   int row;
 
   __device__ __forceinline__ RowCopy(int64_t row_bytes, int thread)
-      : from(thread / 8 * row_bytes + thread % 8 * 16), to(Tile<kDim>::offset(thread / 8, thread % 8)), row(thread / 8) {}
+      : from(thread / 8 * row_bytes + thread % 8 * 16), to(Tile::offset(thread / 8, thread % 8)), row(thread / 8) {}
 
   // kRows rows, all of which exist.
   template <int kRows>
@@ -50,7 +63,9 @@ struct RowCopy {
     for (int pass = 0; pass < (kRows + kStep - 1) / kStep; ++pass) {
       if (kRows % kStep == 0 || row + pass * kStep < kRows) {
 #pragma unroll
-        for (int c = 0; c < kDim / 64; ++c) copy16_async(tile + to + pass * kStep * Tile<kDim>::kRowBytes + 128 * c, p + 128 * c, true);
+        for (int c = 0; c < Tile::kChunks / 8; ++c) {
+          copy16_async(tile + to + pass * kStep * Tile::kRowBytes + c * Tile::kBoxBytes, p + 128 * c, true);
+        }
       }
       p += kStep * row_bytes;
     }
@@ -63,9 +78,9 @@ struct RowCopy {
 #pragma unroll 1
     for (int r = row; r < rows; r += kStep) {
 #pragma unroll
-      for (int c = 0; c < kDim / 64; ++c) copy16_async(t + 128 * c, p + 128 * c, r < valid);
+      for (int c = 0; c < Tile::kChunks / 8; ++c) copy16_async(t + c * Tile::kBoxBytes, p + 128 * c, r < valid);
       p += kStep * row_bytes;
-      t += kStep * Tile<kDim>::kRowBytes;
+      t += kStep * Tile::kRowBytes;
     }
   }
 };

@@ -88,7 +88,7 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ BackwardArgs a, int stages, int warps,
                                                               int tiles_per_head) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
   if (threadIdx.x == 0) ring.init(warps);

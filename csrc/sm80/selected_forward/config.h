@@ -14,7 +14,7 @@ namespace nsa::sm80::selected_forward {
 // More consumer warps share a loaded block among more tokens; two producers keep up with the L2.
 template <typename Element_, int kDk, int kDv>
 struct Config
-    : device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64, kDk == 64 ? 12 : kDk == 128 ? 10 : 6, kDk == 64 ? 4 : 2> {
+    : device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64, kDk == 64 ? 12 : kDk == 128 ? 10 : 6, kDk == 64 ? 4 : 2, 0, device::Tile<kDk>, device::Tile<kDv>> {
   using Element = Element_;
 };
 

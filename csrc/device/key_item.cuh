@@ -1,0 +1,156 @@
+// One work item of dK and dV: some keys of a block against some of the query rows that chose it. What the two families share.
+#pragma once
+
+#include "common/kernel_args.h"
+#include "device/tile.cuh"
+
+namespace nsa::device {
+
+// One CTA's part of the work: entries [begin, end) of a block's list.
+struct Item {
+  int head;              // kv head
+  int first_key, keys;   // k row; at most 64
+  int first_in_block;    // key of the block, 0 or 64
+  int64_t begin;         // entries, of index.rows
+  int entries;
+  int partial;           // partial tile, -1: the list is in one piece
+};
+
+// Which list holds work item `item`: a search with 32 probes a round, the same in every warp. -1: there is no such item.
+__device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsigned item, int lane) {
+  int low = 0, high = index.num_lists;  // the last list with work_begin <= item, in [low, high)
+  if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
+  while (high - low > 1) {
+    const int step = (high - low + 31) / 32;
+    const int probe = low + lane * step;
+    const bool before = probe < high && static_cast<uint32_t>(index.work_begin[probe]) <= item;
+    const int last = 31 - __clz(__ballot_sync(kFullWarp, before));
+    low += last * step;
+    high = min(low + step, high);
+  }
+  return low;
+}
+
+template <int kKeys>
+__device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane, Item& item) {
+  const int list = find_list(a.index, blockIdx.x, lane);
+  if (list < 0) return false;
+  const uint64_t work = a.index.work_begin[list];
+  const int nth = static_cast<int>(blockIdx.x - static_cast<uint32_t>(work));
+  const bool split = static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(work) > 1;
+  item.head = list / a.plan.num_blocks;
+  const int2 block = a.plan.blocks[list - item.head * a.plan.num_blocks];
+  item.first_in_block = blockIdx.y * kKeys;
+  item.first_key = block.x + item.first_in_block;
+  item.keys = min(block.y - item.first_in_block, kKeys);
+  item.begin = a.index.list_begin[list] + static_cast<int64_t>(nth) * a.index.chunk;
+  item.entries = static_cast<int>(min(a.index.list_begin[list + 1] - item.begin, static_cast<int64_t>(a.index.chunk)));
+  item.partial = split ? static_cast<int>(work >> 32) + nth : -1;
+  return item.keys > 0;
+}
+
+// The part of an item that store_sums() needs, through shared memory (16 bytes): registers are short in the loop between.
+__device__ __forceinline__ void leave_item(const Item& item, uint32_t at) {
+  store_shared(at, item.head);
+  store_shared(at + 4, item.first_key);
+  store_shared(at + 8, item.keys | item.first_in_block << 16);
+  store_shared(at + 12, item.partial);
+}
+__device__ __forceinline__ Item fetch_item(uint32_t at) {
+  const int keys = load_shared(at + 8);
+  return {load_shared(at), load_shared(at + 4), keys & 0xffff, keys >> 16, 0, 0, load_shared(at + 12)};
+}
+
+template <typename Config>
+struct KeySums {
+  float dk[Config::kDkColumns / 8][4];
+  float dv[Config::kDvColumns / 8][4];
+
+  __device__ __forceinline__ void reset() {
+    clear(dk);
+    clear(dv);
+  }
+  // Leaves the sums in shared memory, 16 bytes a lane and 8 columns, or adds what was left there.
+  __device__ __forceinline__ void leave(uint32_t at) const {
+#pragma unroll
+    for (int n = 0; n < Config::kDkColumns / 8; ++n) store_shared_float4(at + 512 * n, dk[n]);
+#pragma unroll
+    for (int n = 0; n < Config::kDvColumns / 8; ++n) store_shared_float4(at + 512 * (Config::kDkColumns / 8 + n), dv[n]);
+  }
+  __device__ __forceinline__ void add(uint32_t at) {
+#pragma unroll
+    for (int n = 0; n < Config::kDkColumns / 8; ++n) add(dk[n], at + 512 * n);
+#pragma unroll
+    for (int n = 0; n < Config::kDvColumns / 8; ++n) add(dv[n], at + 512 * (Config::kDkColumns / 8 + n));
+  }
+
+ private:
+  static __device__ __forceinline__ void add(float (&sum)[4], uint32_t at) {
+    const float4 other = load_shared_float4(at);
+    sum[0] += other.x;
+    sum[1] += other.y;
+    sum[2] += other.z;
+    sum[3] += other.w;
+  }
+};
+
+// S^T -> P^T and dP^T -> dS^T for 16 keys (this lane: key, key + 8) x kColumns / 8 query rows, in place.
+// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked.
+template <int kColumns>
+__device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t stats,
+                                                  uint32_t last_keys, int key, bool masked, float scale_log2, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+    const int row = 8 * n + 2 * (lane & 3);
+    const float4 two = load_shared_float4(stats + 8 * row);
+    const float lse2[2] = {two.x, two.z}, delta[2] = {two.y, two.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) p[n][i] = exp2_approx(p[n][i] * scale_log2 - lse2[i % 2]);
+    if (masked) {
+      const int2 last = load_shared_pair(last_keys + 4 * row);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (key + 8 * (i / 2) > (i % 2 ? last.y : last.x)) p[n][i] = 0.f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[i % 2]);
+  }
+}
+
+template <int kColumns>
+__device__ __forceinline__ void store_partial(float* to, const float (&sum)[kColumns / 8][4], int r, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) {
+    *reinterpret_cast<float2*>(to + 8 * n + 2 * (lane & 3)) = {sum[n][2 * r], sum[n][2 * r + 1]};
+  }
+}
+
+// Writes a warp's 16 keys, from key `first` of the item on, and its columns: gradients, or a partial tile.
+template <typename Config>
+__device__ __forceinline__ void store_sums(const cuda::BackwardArgs& a, const Item& item, int first, int half, int lane,
+                                           const KeySums<Config>& sums) {
+  using Element = typename Config::Element;
+  const int dk_column = half * Config::kDkColumns, dv_column = half * Config::kDvColumns;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int key = first + lane / 4 + 8 * r;
+    if (key >= item.keys) continue;
+    if (item.partial >= 0) {
+      float* row = a.partials + (static_cast<int64_t>(item.partial) * a.plan.block_size + item.first_in_block + key) *
+                                    (Config::kDk + Config::kDv);
+      store_partial<Config::kDkColumns>(row + dk_column, sums.dk, r, lane);
+      store_partial<Config::kDvColumns>(row + Config::kDk + dv_column, sums.dv, r, lane);
+      continue;
+    }
+    const int k_row = item.first_key + key;
+    if (a.dk.data) {
+      store_row<Element, Config::kDkColumns>(a.dk.at(k_row, item.head) + 2 * dk_column, sums.dk, r, a.scale, lane);
+    }
+    if (a.dv.data) {
+      store_row<Element, Config::kDvColumns>(a.dv.at(k_row, item.head) + 2 * dv_column, sums.dv, r, 1.f, lane);
+    }
+  }
+}
+
+}  // namespace nsa::device

@@ -1,0 +1,51 @@
+// Tile choices of the Hopper dK and dV, the only place that makes them.
+#pragma once
+
+#include "device/tile.cuh"
+
+namespace nsa::sm90::selected_dkdv {
+
+// A CTA owns 64 keys of one block; a producer warpgroup gathers the query rows that chose it, kRows a stage, and two consumer
+// warpgroups take stages in turn; their sums are added at the end. With head dim 256 the two share every stage and own half of
+// the columns of dK and dV each; both compute S and dP.
+//
+// Registers a thread, of 224: dK and dV (Dk + Dv) / (2 kSplit) + S and dP kRows + about 30.
+//   (64, 64) 64 + 64 + 30   (128, 128) 128 + 64 + 30 = 222   (192, 128) 160 + 32 + 30 = 222   (256, 256) 128 + 32 + 30 = 190
+template <typename Element_, int kDk_, int kDv_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDk = kDk_, kDv = kDv_;
+  static constexpr int kKeys = 64;                     // of a CTA
+  static constexpr int kRows = kDk >= 192 ? 32 : 64;   // query rows a stage
+  static constexpr int kSplit = kDk == 256 ? 2 : 1;
+  static constexpr int kDkColumns = kDk / kSplit, kDvColumns = kDv / kSplit;  // of a warpgroup
+  static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
+  static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
+
+  using KeyTileK = device::BoxTile<kDk, kKeys>;
+  using KeyTileV = device::BoxTile<kDv, kKeys>;
+  using RowTileQ = device::BoxTile<kDk, kRows>;
+  using RowTileDout = device::BoxTile<kDv, kRows>;
+
+  // A stage: Q rows, dO rows, {lse2, delta} and the last visible key of each row.
+  static constexpr int kDout = 2 * kRows * kDk;
+  static constexpr int kStats = kDout + 2 * kRows * kDv;
+  static constexpr int kLastKeys = kStats + 8 * kRows;
+  static constexpr int kStageBytes = (kLastKeys + 4 * kRows + 1023) / 1024 * 1024;
+
+  static constexpr int kMaxStages = 8;
+  static constexpr int kItem = 16 * kMaxStages;  // behind two barriers a stage
+  static constexpr int kBlock = 1024;
+  static constexpr int kValues = 2 * kKeys * kDk;
+  static constexpr int kStages = kBlock + kValues + 2 * kKeys * kDv;
+  static int num_stages(int shared_bytes) {
+    const int stages = (shared_bytes - kStages) / kStageBytes;
+    return stages < kMaxStages ? stages : kMaxStages;
+  }
+  static int shared_bytes(int stages) { return kStages + stages * kStageBytes; }
+
+  // One warpgroup leaves its sums in the stages for the other, 16 keys a warp.
+  static constexpr int kSumBytes = 16 * (kDkColumns + kDvColumns) * 4;
+};
+
+}  // namespace nsa::sm90::selected_dkdv
