@@ -19,12 +19,11 @@
 
 namespace nsa::cpu {
 
-// Bytes of scratch; a function of sizes and the number of threads. Arguments have passed validation. With R bytes of
-// the compute type (8 for float64, else 4), E = total_q Hkv S entries, D padded to 64 bytes where rows are, the terms
-// that grow are
-//   forward    R Hkv total_k (Dk + Dv) + 4 E
-//   backward   R Hkv total_k (2 Dk + Dv) + 12 E + R total_q Hq, and R l' (Dk + Dv) E / 1024 for l' <= 128
-// and per thread some 10 KiB times (Dk + Dv) / 16; what packed keys and partial sums don't use is never touched.
+// Bytes of scratch; a function of sizes and the number of threads. Arguments have passed validation.
+// With R bytes of the compute type (8 for float64, else 4) and E = total_q Hkv S entries, the terms that grow are
+//   forward   R Hkv total_k (Dk + Dv) + 4 E
+//   backward  R Hkv total_k (2 Dk + Dv) + 12 E + R total_q Hq, and R l' (Dk + Dv) E / 1024 where l' <= 128;
+// 100 to 300 KiB per thread come on top. Parts that a call doesn't use are never touched.
 std::size_t workspace_bytes(const SelectedAttentionForward& args);
 std::size_t workspace_bytes(const SelectedAttentionBackward& args);
 
