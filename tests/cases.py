@@ -203,7 +203,7 @@ PACKED = [
          S=2, nan_outside=True, block_size=16),
     Case("packed_hints_small", seqlens_q=(70, 90), seqlens_k=(70, 90), S=2, max_seqlen=(1, 1)),
     Case("packed_hints_large", seqlens_q=(70, 90), seqlens_k=(70, 90), S=2, max_seqlen=(10**6, 10**6)),
-    Case("packed_many_short", seqlens_q=tuple(i % 7 for i in range(60)), seqlens_k=tuple(i % 7 for i in range(60)),
+    Case("packed_many_short", seqlens_q=tuple(i % 7 for i in range(30)), seqlens_k=tuple(i % 7 for i in range(30)),
          S=1, block_size=16),
 ]  # fmt: skip
 
