@@ -1,5 +1,5 @@
-// The backward's steps around the two attention kernels: delta before them; the sum of partial tiles and the zeros of keys that
-// belong to no sequence behind them.
+// The backward's steps around the two attention kernels: delta before them; the sum of partial tiles and the zeros of
+// keys that belong to no sequence behind them.
 #include <cuda_runtime.h>
 
 #include <utility>
@@ -17,8 +17,8 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 // 8 elements a lane: Dv / 8 lanes share a (row, head).
 template <typename Element>
-__global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, TensorArg lse, TensorArg dlse, int total_q,
-                                                 int num_heads, int lanes, RowStats* stats) {
+__global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, TensorArg lse, TensorArg dlse,
+                                                 int total_q, int num_heads, int lanes, RowStats* stats) {
   const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int64_t item = thread / lanes;
   const int lane = static_cast<int>(thread - item * lanes);
@@ -49,7 +49,8 @@ template <typename Element>
 __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int dv) {
   const int list = blockIdx.x;
   const uint64_t begin = a.index.work_begin[list];
-  const int chunks = static_cast<int>(static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(begin));
+  const int chunks =
+      static_cast<int>(static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(begin));
   if (chunks <= 1) return;
   const int head = list / a.plan.num_blocks;
   const int2 block = a.plan.blocks[list - head * a.plan.num_blocks];
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int 
   }
 }
 
-__global__ void __launch_bounds__(256) clear_rows(TensorArg out, const int32_t* key_begin, int batch, int total_k, int num_heads,
-                                                  int chunks) {
+__global__ void __launch_bounds__(256)
+    clear_rows(TensorArg out, const int32_t* key_begin, int batch, int total_k, int num_heads, int chunks) {
   const int begin = key_begin[0], end = key_begin[batch];
   const int64_t dead = static_cast<int64_t>(begin) + total_k - end;
   const int64_t count = dead * num_heads * chunks;
@@ -89,23 +90,26 @@ __global__ void __launch_bounds__(256) clear_rows(TensorArg out, const int32_t* 
 
 }  // namespace
 
-Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats, cudaStream_t stream) {
+Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats,
+                      cudaStream_t stream) {
   const SelectedAttentionProblem& p = args.problem;
   const int lanes = static_cast<int>(p.head_dim_v / 8);
   const int64_t threads = static_cast<int64_t>(plan.total_q) * p.num_heads_q * lanes;
   const TensorArg o = tensor_arg(args.o, p, p.seqlen_q, 2), dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
   const TensorArg lse = tensor_arg(args.lse, p, p.seqlen_q, 4), dlse = tensor_arg(args.dlse, p, p.seqlen_q, 4);
   auto* kernel = dtype == Dtype::kBFloat16 ? row_stats<__nv_bfloat16> : row_stats<__half>;
-  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(o, dout, lse, dlse, plan.total_q,
-                                                                           static_cast<int>(p.num_heads_q), lanes, stats);
+  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
+      o, dout, lse, dlse, plan.total_q, static_cast<int>(p.num_heads_q), lanes, stats);
   return cuda_status(cudaGetLastError(), "selected attention backward: delta");
 }
 
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
   if (args.index.max_partials == 0) return {};
   const dim3 grid(args.index.num_lists, args.plan.block_size >= 64 ? 8 : 2);
-  if (dtype == Dtype::kBFloat16) sum_partials<__nv_bfloat16><<<grid, 256, 0, stream>>>(args, dk, dv);
-  else sum_partials<__half><<<grid, 256, 0, stream>>>(args, dk, dv);
+  if (dtype == Dtype::kBFloat16)
+    sum_partials<__nv_bfloat16><<<grid, 256, 0, stream>>>(args, dk, dv);
+  else
+    sum_partials<__half><<<grid, 256, 0, stream>>>(args, dk, dv);
   return cuda_status(cudaGetLastError(), "selected attention backward: adding partial tiles");
 }
 

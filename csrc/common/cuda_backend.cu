@@ -24,17 +24,18 @@ Status cuda_status(int error, const char* what) {
   const auto code = static_cast<cudaError_t>(error);
   if (code == cudaSuccess) return {};
   if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorUnsupportedPtxVersion) {
-    return make_status(StatusCode::kNotSupported,
-                       "%s: this build holds no code for this GPU (%s); it was built for %s. Rebuild with NSA_CUDA_ARCHITECTURES "
-                       "set to the GPU's architecture, or update the driver",
-                       what, cudaGetErrorName(code), cuda_architectures());
+    return make_status(
+        StatusCode::kNotSupported,
+        "%s: this build holds no code for this GPU (%s); it was built for %s. Rebuild with NSA_CUDA_ARCHITECTURES "
+        "set to the GPU's architecture, or update the driver",
+        what, cudaGetErrorName(code), cuda_architectures());
   }
   if (code == cudaErrorInsufficientDriver) {
     int driver = 0;
     cudaDriverGetVersion(&driver);
     return make_status(StatusCode::kNotSupported,
-                       "%s: the NVIDIA driver is too old (or absent): it supports CUDA %d.%d, this build needs %s (%s)", what,
-                       driver / 1000, driver % 1000 / 10, cuda_toolkit(), cudaGetErrorName(code));
+                       "%s: the NVIDIA driver is too old (or absent): it supports CUDA %d.%d, this build needs %s (%s)",
+                       what, driver / 1000, driver % 1000 / 10, cuda_toolkit(), cudaGetErrorName(code));
   }
   return make_status(StatusCode::kCudaError, "%s: %s (%s)", what, cudaGetErrorName(code), cudaGetErrorString(code));
 }
@@ -71,30 +72,40 @@ Status query_gpu(cudaStream_t stream, Gpu* gpu) {
   ask(&gpu->minor, cudaDevAttrComputeCapabilityMinor);
   gpu->launch.stream = stream;
   if (error == cudaSuccess && gpu->major < 8) {
-    return make_status(StatusCode::kNotSupported, "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer",
-                       gpu->major, gpu->minor);
+    return make_status(StatusCode::kNotSupported,
+                       "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer", gpu->major,
+                       gpu->minor);
   }
   return cuda_status(error, "selected attention");
 }
 
 const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
 
-// The Hopper dK/dV kernel multiplies 64 keys at a time; smaller blocks would leave most of them empty.
-bool suits_sm90(Operation operation, const SelectedAttentionProblem& p) {
-  return operation != Operation::selected_dkdv || p.block_size >= 64;
+// Whether the Hopper kernel of an operation runs, where there is one.
+//   dK/dV: wgmma takes 11.0 ms where mma.sync takes 19.1 (64K tokens, 64 / 4 heads, D 128, H100), but it multiplies 64
+//   keys at a
+//          time, most of which a smaller block leaves empty.
+//   forward, dQ: wgmma wins where neighbouring queries agree (7.6 against 8.1 ms, 10.4 against 11.5) and loses where
+//   they don't
+//          (18.7 against 15.9, 22.8 against 19.2); which of the two it is lies in GPU memory. The worst case decides.
+bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
+  if (operation == Operation::selected_dkdv) return p.block_size >= 64 && p.backend != Backend::kSm80;
+  return p.backend == Backend::kSm90;
 }
 
 Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
   *found = nullptr;
   const bool hopper = gpu.major == 9 && gpu.minor == 0;
   if (p.backend == Backend::kSm90 && !hopper) {
-    return make_status(StatusCode::kNotSupported, "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0",
-                       gpu.major, gpu.minor);
+    return make_status(StatusCode::kNotSupported,
+                       "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0", gpu.major,
+                       gpu.minor);
   }
-  if (p.backend != Backend::kSm80 && hopper && suits_sm90(operation, p)) {
+  const bool forced = p.backend == Backend::kSm90 && uses_sm90(operation, p);
+  if (hopper && uses_sm90(operation, p)) {
     *found = find_instance(Backend::kSm90, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
   }
-  if (!*found && (p.backend != Backend::kSm90 || !suits_sm90(operation, p))) {
+  if (!*found && !forced) {
     *found = find_instance(Backend::kSm80, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
   }
   if (*found) return {};
@@ -103,22 +114,28 @@ Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operati
   int used = 0;
   for (int i = 0; i < num_instances(); ++i) {
     const Instance& row = instance(i);
-    const bool fits = row.operation == operation && row.dtype == p.dtype && (p.backend == Backend::kAuto || p.backend == row.family);
+    const bool fits =
+        row.operation == operation && row.dtype == p.dtype && (p.backend == Backend::kAuto || p.backend == row.family);
     if (!fits || used >= static_cast<int>(sizeof(held)) - 16) continue;
     used += std::snprintf(held + used, sizeof(held) - used, "%s(%d, %d)", used ? ", " : "", row.dk, row.dv);
   }
   const char* family = p.backend == Backend::kSm90 ? "sm90 " : p.backend == Backend::kSm80 ? "sm80 " : "";
   return make_status(StatusCode::kNotSupported,
-                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds %skernels for (head_dim_qk, head_dim_v) = "
+                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds %skernels for "
+                     "(head_dim_qk, head_dim_v) = "
                      "%s",
-                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype), family,
-                     held[0] ? held : "none");
+                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype),
+                     family, held[0] ? held : "none");
 }
+
+// Of the kernel whose tiles of query rows the plan is for.
+int unit_alignment(const Instance& kernel) { return kernel.family == Backend::kSm90 ? 4 : 1; }
 
 Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
   const int64_t rows = plan.total_q * (p.num_heads_q / p.num_heads_k);
   if (rows < INT_MAX - 65536) return {};
-  return make_status(StatusCode::kNotSupported, "q has %lld rows of one kv head (tokens times G); CUDA kernels take fewer than 2^31",
+  return make_status(StatusCode::kNotSupported,
+                     "q has %lld rows of one kv head (tokens times G); CUDA kernels take fewer than 2^31",
                      static_cast<long long>(rows));
 }
 
@@ -135,11 +152,11 @@ struct BackwardPieces {
 
 bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
 
-BackwardPieces carve_backward(const SelectedAttentionBackward& args, Carver& carver) {
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, Carver& carver, int alignment = 1) {
   const SelectedAttentionProblem& p = args.problem;
   BackwardPieces pieces = {};
   BackwardArgs& a = pieces.device;
-  a.plan = carve_plan(p, carver);
+  a.plan = carve_plan(p, carver, alignment);
   a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
   if (wants_keys(args)) {
     a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
@@ -188,8 +205,9 @@ Status selected_attention(const SelectedAttentionForward& args) {
   if (status.ok()) status = find(p, gpu, Operation::selected_forward, &kernel);
   Carver carver(args.workspace);
   ForwardArgs a = {};
-  a.plan = carve_plan(p, carver);
-  if (status.ok()) status = check_rows(p, a.plan);
+  if (!status.ok()) return status;
+  a.plan = carve_plan(p, carver, unit_alignment(*kernel));
+  status = check_rows(p, a.plan);
   if (!status.ok() || a.plan.total_q == 0) return status;
   status = make_plan(p, a.plan, args.stream);
   if (!status.ok()) return status;
@@ -209,13 +227,13 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   const SelectedAttentionProblem& p = args.problem;
   Gpu gpu;
   Status status = query_gpu(args.stream, &gpu);
+  const Instance* dq = nullptr;
+  if (status.ok()) status = find(p, gpu, Operation::selected_dq, &dq);
   if (!status.ok()) return status;
   Carver carver(args.workspace);
-  BackwardPieces pieces = carve_backward(args, carver);
+  BackwardPieces pieces = carve_backward(args, carver, unit_alignment(*dq));
   BackwardArgs& a = pieces.device;
-  const Instance* dq = nullptr;
-  status = find(p, gpu, Operation::selected_dq, &dq);
-  if (status.ok()) status = check_rows(p, a.plan);
+  status = check_rows(p, a.plan);
   if (!status.ok()) return status;
   a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
   a.k = tensor_arg(args.k, p, p.seqlen_k, 2);

@@ -21,7 +21,8 @@ using Kernel_selected_dkdv = Status(const BackwardArgs&, const Launch&);
 
 namespace {
 
-constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name, ForwardKernel kernel) {
+constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name,
+                        ForwardKernel kernel) {
   return {family, operation, dtype, dk, dv, name, kernel, nullptr};
 }
 constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name,
@@ -44,7 +45,8 @@ const Instance& instance(int index) { return kInstances[index]; }
 
 const Instance* find_instance(Backend family, Operation operation, Dtype dtype, int64_t dk, int64_t dv) {
   for (const Instance& row : kInstances) {
-    if (row.family == family && row.operation == operation && row.dtype == dtype && row.dk == dk && row.dv == dv) return &row;
+    if (row.family == family && row.operation == operation && row.dtype == dtype && row.dk == dk && row.dv == dv)
+      return &row;
   }
   return nullptr;
 }

@@ -12,8 +12,8 @@ struct Instance {
   Operation operation;
   Dtype dtype;
   int dk, dv;
-  const char* name;  // "sm80.selected_forward.bfloat16.128.128"
-  ForwardKernel forward;    // one of the two
+  const char* name;       // "sm80.selected_forward.bfloat16.128.128"
+  ForwardKernel forward;  // one of the two
   BackwardKernel backward;
 };
 

@@ -39,7 +39,8 @@ Scratch carve_scratch(const Plan& plan, int num_lists, int64_t entries, Carver& 
   s.rows_in = carver.take<int32_t>(entries);
   s.work_count = carver.take<uint64_t>(num_lists + 1);
   std::size_t sort_bytes = 0, scan_bytes = 0;
-  cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, s.keys_in, s.keys_out, s.rows_in, s.rows_in, entries, 0, s.key_bits);
+  cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, s.keys_in, s.keys_out, s.rows_in, s.rows_in, entries, 0,
+                                  s.key_bits);
   cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, s.work_count, s.work_count, num_lists + 1);
   s.cub_bytes = sort_bytes > scan_bytes ? sort_bytes : scan_bytes;
   s.cub = carver.take<char>(s.cub_bytes);
@@ -64,8 +65,10 @@ __global__ void find_lists(const uint32_t* keys, int64_t entries, int num_lists,
   int64_t low = 0, high = entries;  // first key >= list
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (keys[middle] < static_cast<uint32_t>(list)) low = middle + 1;
-    else high = middle;
+    if (keys[middle] < static_cast<uint32_t>(list))
+      low = middle + 1;
+    else
+      high = middle;
   }
   list_begin[list] = low;
 }
@@ -111,8 +114,8 @@ Status make_index(const Plan& plan, const InvertedIndex& index, void* scratch, c
   cudaError_t error = cudaSuccess;
   if (entries > 0) {
     const int64_t grid = (entries + 255) / 256;
-    make_pairs<<<static_cast<unsigned>(grid < 65536 ? grid : 65536), 256, 0, stream>>>(plan, index.num_lists, entries, s.keys_in,
-                                                                                      s.rows_in);
+    make_pairs<<<static_cast<unsigned>(grid < 65536 ? grid : 65536), 256, 0, stream>>>(plan, index.num_lists, entries,
+                                                                                       s.keys_in, s.rows_in);
     error = cub::DeviceRadixSort::SortPairs(s.cub, s.cub_bytes, s.keys_in, s.keys_out, s.rows_in,
                                             const_cast<int32_t*>(index.rows), entries, 0, s.key_bits, stream);
     if (error != cudaSuccess) return cuda_status(error, "selected attention backward: sorting the inverted index");
@@ -120,7 +123,8 @@ Status make_index(const Plan& plan, const InvertedIndex& index, void* scratch, c
   const int threads = index.num_lists + 1;
   find_lists<<<(threads + 255) / 256, 256, 0, stream>>>(s.keys_out, entries, index.num_lists, list_begin);
   count_work<<<(threads + 255) / 256, 256, 0, stream>>>(list_begin, index.num_lists, index.chunk, s.work_count);
-  error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, s.work_count, const_cast<uint64_t*>(index.work_begin), threads, stream);
+  error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, s.work_count, const_cast<uint64_t*>(index.work_begin),
+                                        threads, stream);
   if (error == cudaSuccess) error = cudaGetLastError();
   return cuda_status(error, "selected attention backward: building the inverted index");
 }

@@ -7,8 +7,8 @@
 
 namespace nsa::cuda {
 
-// Elements of 16 bits, [rows of all sequences, heads, dim]; a row's offset needs its batch only where batches don't follow
-// each other at a whole number of rows.
+// Elements of 16 bits, [rows of all sequences, heads, dim]; a row's offset needs its batch only where batches don't
+// follow each other at a whole number of rows.
 struct TensorArg {
   char* data;
   int64_t batch_bytes, row_bytes, head_bytes;
@@ -35,7 +35,7 @@ struct RowStats {
 struct ForwardArgs {
   Plan plan;
   TensorArg q, k, v, o;
-  TensorArg lse;  // float; data null: not wanted
+  TensorArg lse;           // float; data null: not wanted
   int num_heads_k, group;  // Hkv, G
   float scale_log2;        // softmax_scale * log2(e)
 };
@@ -53,7 +53,7 @@ struct BackwardArgs {
 
 // Launches one compiled kernel; picks stages for the device's shared memory by itself.
 struct Launch {
-  int shared_memory;   // bytes a CTA may ask for
+  int shared_memory;  // bytes a CTA may ask for
   int num_sms;
   cudaStream_t stream;
 };
@@ -61,7 +61,8 @@ using ForwardKernel = Status (*)(const ForwardArgs&, const Launch&);
 using BackwardKernel = Status (*)(const BackwardArgs&, const Launch&);
 
 // common/backward_steps.cu
-Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats, cudaStream_t stream);
+Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats,
+                      cudaStream_t stream);
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);
 

@@ -17,13 +17,13 @@ constexpr int kListWarps = 4;
 constexpr int kWindowWords = 1024;  // 32768 blocks a pass, 4 KiB of shared memory a warp
 
 struct Sequences {
-  const int32_t* cu_q;         // [B + 1] as the caller gave them, or null
+  const int32_t* cu_q;  // [B + 1] as the caller gave them, or null
   const int32_t* cu_k;
-  int32_t* q_begin;            // [B + 1] repaired
-  int32_t* key_begin;          // [B + 1]
-  int32_t* block_begin;        // [B + 1]
-  int32_t* token_begin;        // [B + 3] Units
-  int32_t* unit_begin;         // [B + 3]
+  int32_t* q_begin;      // [B + 1] repaired
+  int32_t* key_begin;    // [B + 1]
+  int32_t* block_begin;  // [B + 1]
+  int32_t* token_begin;  // [B + 3] Units
+  int32_t* unit_begin;   // [B + 3]
   int batch;
 };
 
@@ -34,8 +34,8 @@ struct ListArgs {
   const int32_t* q_offsets;
   int64_t index_batch, index_row, index_head, index_entry;
   int64_t count_batch, count_row, count_head;
-  int64_t count;      // for every row, where counts is null
-  int64_t q_offset;   // where has_q_offset and q_offsets is null
+  int64_t count;     // for every row, where counts is null
+  int64_t q_offset;  // where has_q_offset and q_offsets is null
   bool index_is_int64, has_q_offset, causal;
   int batch, seqlen_q, seqlen_k, num_heads;
   int32_t* lists;
@@ -43,8 +43,8 @@ struct ListArgs {
 };
 
 // Running maximum of cu_seqlens clamped to [0, total], and the blocks before each sequence. One CTA.
-__global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s, int total_q, int total_k, int block_size,
-                                                                     int group) {
+__global__ void __launch_bounds__(kSequenceThreads)
+    repair_sequences(Sequences s, int total_q, int total_k, int block_size, int group, int unit_alignment) {
   using Scan = cub::BlockScan<int, kSequenceThreads>;
   __shared__ typename Scan::TempStorage scan;
   struct Max {
@@ -84,7 +84,10 @@ __global__ void __launch_bounds__(kSequenceThreads) repair_sequences(Sequences s
     s.token_begin[run] = run == 0 ? 0 : run == s.batch + 2 ? total_q : s.q_begin[run - 1];
   }
   __syncthreads();
-  sum_before(s.batch + 2, s.unit_begin, [&](int run) { return ((s.token_begin[run + 1] - s.token_begin[run]) * group + 15) / 16; });
+  const int rows = 16 * unit_alignment;
+  sum_before(s.batch + 2, s.unit_begin, [&](int run) {
+    return ((s.token_begin[run + 1] - s.token_begin[run]) * group + rows - 1) / rows * unit_alignment;
+  });
 }
 
 // The sequence that holds `row`: the last b with begin[b] <= row; batch where row lies past them all, -1 before them.
@@ -92,8 +95,10 @@ __device__ int find_sequence(const int32_t* begin, int batch, int row) {
   int low = 0, high = batch + 1;  // first b with begin[b] > row
   while (low < high) {
     const int middle = (low + high) / 2;
-    if (begin[middle] > row) high = middle;
-    else low = middle + 1;
+    if (begin[middle] > row)
+      high = middle;
+    else
+      low = middle + 1;
   }
   return low - 1;
 }
@@ -122,9 +127,9 @@ __global__ void make_blocks(Sequences s, int num_blocks, int block_size, int seq
 // One row's place: which blocks its entries may name and how far it may see.
 struct RowPlace {
   int64_t index_offset, count_offset;
-  int first_block;    // number of the sequence's block 0
-  int num_visible;    // blocks that exist and (causal) don't start after p
-  int last_key;       // k row; -1 outside every sequence
+  int first_block;  // number of the sequence's block 0
+  int num_visible;  // blocks that exist and (causal) don't start after p
+  int last_key;     // k row; -1 outside every sequence
 };
 
 __device__ RowPlace place_row(const ListArgs& a, int row, int block_size) {
@@ -156,8 +161,10 @@ __device__ RowPlace place_row(const ListArgs& a, int row, int block_size) {
     place.count_offset = b * a.count_batch + t * a.count_row;
   }
   int64_t offset = length_k - length_q;
-  if (a.q_offsets) offset = a.q_offsets[b];
-  else if (a.has_q_offset) offset = a.q_offset;
+  if (a.q_offsets)
+    offset = a.q_offsets[b];
+  else if (a.has_q_offset)
+    offset = a.q_offset;
   int64_t visible = length_k;  // keys
   if (a.causal) visible = min(visible, max(t + offset + 1, int64_t{0}));
   place.num_visible = static_cast<int>((visible + block_size - 1) / block_size);
@@ -176,7 +183,8 @@ __device__ int num_entries(const ListArgs& a, const RowPlace& place, int head, i
   return static_cast<int>(min(max(count, int64_t{0}), static_cast<int64_t>(list_width)));
 }
 
-// A group of `width` lanes (16 or 32) holds one list of at most `width` entries: an entry's place is the number of smaller ones.
+// A group of `width` lanes (16 or 32) holds one list of at most `width` entries: an entry's place is the number of
+// smaller ones.
 __global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, Plan plan, int width) {
   const int group = (blockIdx.x * blockDim.x + threadIdx.x) / width;
   const int lane = threadIdx.x % width;
@@ -191,8 +199,10 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, 
     const RowPlace place = place_row(a, row, plan.block_size);
     const int count = num_entries(a, place, head, plan.list_width);
     int id = kNoBlock;
-    if (real && lane < count) id = entry(a, place.index_offset + head * a.index_head + lane * a.index_entry, place.num_visible);
-    const unsigned long long key = (static_cast<unsigned long long>(threadIdx.x % 32 / width) << 32) | static_cast<unsigned>(id);
+    if (real && lane < count)
+      id = entry(a, place.index_offset + head * a.index_head + lane * a.index_entry, place.num_visible);
+    const unsigned long long key =
+        (static_cast<unsigned long long>(threadIdx.x % 32 / width) << 32) | static_cast<unsigned>(id);
     const bool first = __ffs(__match_any_sync(kFullWarp, key)) - 1 == static_cast<int>(threadIdx.x % 32);
     if (!first) id = kNoBlock;
     int rank = 0, kept = 0;
@@ -209,7 +219,8 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, 
   }
 }
 
-// Any number of entries: a warp marks them in a bitmap of the sequence's blocks, a window at a time, and reads it back in order.
+// Any number of entries: a warp marks them in a bitmap of the sequence's blocks, a window at a time, and reads it back
+// in order.
 __global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, Plan plan) {
   __shared__ unsigned bitmaps[kListWarps][kWindowWords];
   const int lane = threadIdx.x % 32;
@@ -244,7 +255,8 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, P
         }
         int position = written + before - mine;
         written += __shfl_sync(kFullWarp, before, 31);
-        for (; bits; bits &= bits - 1) out[position++] = place.first_block + window + (base + lane) * 32 + __ffs(bits) - 1;
+        for (; bits; bits &= bits - 1)
+          out[position++] = place.first_block + window + (base + lane) * 32 + __ffs(bits) - 1;
       }
       __syncwarp();
     }
@@ -266,7 +278,7 @@ int grid_size(int64_t threads, int per_block) {
 
 }  // namespace
 
-Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver) {
+Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver, int unit_alignment) {
   Plan plan = {};
   const bool packed = p.cu_seqlens_q != nullptr;
   plan.total_q = static_cast<int>(packed ? p.seqlen_q : p.batch * p.seqlen_q);
@@ -282,12 +294,15 @@ Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver) {
   Units& units = plan.units;
   units.runs = packed ? static_cast<int>(p.batch) + 2 : 1;
   units.tokens_per_run = plan.total_q;
-  if (!packed && p.seqlen_q * group % 16 != 0) {
+  const int rows = 16 * unit_alignment;
+  units.alignment = unit_alignment;
+  if (!packed && p.seqlen_q * group % rows != 0) {
     units.runs = static_cast<int>(p.batch);
     units.tokens_per_run = static_cast<int>(p.seqlen_q);
   }
-  units.units_per_run = static_cast<int>((static_cast<int64_t>(units.tokens_per_run) * group + 15) / 16);
-  units.max_units = packed ? units.units_per_run + units.runs : units.runs * units.units_per_run;
+  units.units_per_run =
+      static_cast<int>((static_cast<int64_t>(units.tokens_per_run) * group + rows - 1) / rows) * unit_alignment;
+  units.max_units = packed ? units.units_per_run + units.runs * unit_alignment : units.runs * units.units_per_run;
   if (packed) {
     plan.q_begin = carver.take<int32_t>(p.batch + 1);
     plan.key_begin = carver.take<int32_t>(p.batch + 1);
@@ -311,11 +326,12 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
     s.token_begin = const_cast<int32_t*>(plan.units.token_begin);
     s.unit_begin = const_cast<int32_t*>(plan.units.unit_begin);
     repair_sequences<<<1, kSequenceThreads, 0, stream>>>(s, plan.total_q, plan.total_k, plan.block_size,
-                                                         static_cast<int>(p.num_heads_q / p.num_heads_k));
+                                                         static_cast<int>(p.num_heads_q / p.num_heads_k),
+                                                         plan.units.alignment);
   }
   if (plan.num_blocks > 0) {
-    make_blocks<<<(plan.num_blocks + 255) / 256, 256, 0, stream>>>(s, plan.num_blocks, plan.block_size,
-                                                                   static_cast<int>(p.seqlen_k), const_cast<int2*>(plan.blocks));
+    make_blocks<<<(plan.num_blocks + 255) / 256, 256, 0, stream>>>(
+        s, plan.num_blocks, plan.block_size, static_cast<int>(p.seqlen_k), const_cast<int2*>(plan.blocks));
   }
   a.indices = p.block_indices.data;
   a.index_is_int64 = p.block_indices.type == IndexType::kInt64;

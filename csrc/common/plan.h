@@ -1,9 +1,10 @@
 // What every CUDA kernel of selected attention knows about who sees whom, in one form for batched and packed calls.
 //
 // Rows of all sequences are numbered through ("q row" 0 .. total_q, "k row" 0 .. total_k), and so are the blocks of all
-// sequences, so that a tile of queries may straddle sequences without noticing. The caller's lists (any order, any values, any
-// strides) are turned once into ascending lists of such block numbers without duplicates or invalid entries: kernels never
-// check an index again. Cost: one read and one write of the lists, 16 us for 64K tokens x 4 heads x 16 entries on an H100.
+// sequences, so that a tile of queries may straddle sequences without noticing. The caller's lists (any order, any
+// values, any strides) are turned once into ascending lists of such block numbers without duplicates or invalid
+// entries: kernels never check an index again. Cost: one read and one write of the lists, 16 us for 64K tokens x 4
+// heads x 16 entries on an H100.
 #pragma once
 
 #include <climits>
@@ -18,32 +19,34 @@ namespace nsa::cuda {
 
 inline constexpr int kNoBlock = INT_MAX;  // pads the lists: sorts behind every block
 
-// Which 16 rows an MMA tile, a "unit", holds. Row = token * G + head of the group; a sequence begins a new unit, so that no unit
-// holds rows of two (a NaN in one would reach the other as 0 * NaN), and otherwise rows fill units without padding.
+// Which 16 rows an MMA tile, a "unit", holds. Row = token * G + head of the group; otherwise rows fill units without
+// padding, but a sequence begins a new unit, and for wgmma, which multiplies 64 rows, a new `alignment` of four units:
+// no matrix product holds rows of two sequences, where a NaN in one would reach the other as 0 * NaN.
 struct Units {
-  // Packed: the tokens and the units before each run of rows: those before the first sequence, the sequences, those behind the
-  // last one. [runs + 1] each, made on the device. Null: runs of equal length.
+  // Packed: the tokens and the units before each run of rows: those before the first sequence, the sequences, those
+  // behind the last one. [runs + 1] each, made on the device. Null: runs of equal length.
   const int32_t* token_begin;
   const int32_t* unit_begin;
   int runs;
   int tokens_per_run, units_per_run;  // where unit_begin is null
   int max_units;                      // of one kv head; packed: an upper bound
+  int alignment;                      // 1, or 4 for wgmma
 };
 
 // Device pointers and sizes, passed to kernels by value.
 struct Plan {
-  const int32_t* lists;         // [Hkv, total_q, S] block numbers, ascending, padded with kNoBlock
-  const int32_t* last_key;      // [total_q] k row of the last key that the row may see; -1 on rows outside every sequence
-  const int2* blocks;           // [num_blocks] {first k row, keys}; {0, 0} for numbers that no sequence uses
+  const int32_t* lists;     // [Hkv, total_q, S] block numbers, ascending, padded with kNoBlock
+  const int32_t* last_key;  // [total_q] k row of the last key that the row may see; -1 on rows outside every sequence
+  const int2* blocks;       // [num_blocks] {first k row, keys}; {0, 0} for numbers that no sequence uses
   // Packed calls only, else null: [B + 1] repaired cu_seqlens and the blocks before each sequence
   const int32_t* q_begin;
   const int32_t* key_begin;
   const int32_t* block_begin;
   Units units;
   int total_q, total_k;
-  int num_blocks;               // sum over sequences of ceil(Tk / l'); packed: an upper bound
-  int block_size;               // l'
-  int list_width;               // S
+  int num_blocks;  // sum over sequences of ceil(Tk / l'); packed: an upper bound
+  int block_size;  // l'
+  int list_width;  // S
 };
 
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
@@ -64,23 +67,23 @@ class Carver {
 };
 
 // Sizes, and the pieces of workspace that make_plan() fills.
-Plan carve_plan(const SelectedAttentionProblem& problem, Carver& carver);
+Plan carve_plan(const SelectedAttentionProblem& problem, Carver& carver, int unit_alignment = 1);
 
 // Launches the kernels that fill the plan's arrays.
 Status make_plan(const SelectedAttentionProblem& problem, const Plan& plan, cudaStream_t stream);
 
 // The lists turned round: for every (kv head, block) the q rows that chose it, ascending.
 //
-// A list longer than `chunk` is split into work items of `chunk` entries whose results go to fp32 partial tiles, added up later
-// in the same fixed order every time. Items of list i: work_begin[i] .. work_begin[i + 1]; the low 32 bits number the items of
-// all lists, the high 32 bits the partial tiles.
+// A list longer than `chunk` is split into work items of `chunk` entries whose results go to fp32 partial tiles, added
+// up later in the same fixed order every time. Items of list i: work_begin[i] .. work_begin[i + 1]; the low 32 bits
+// number the items of all lists, the high 32 bits the partial tiles.
 struct InvertedIndex {
-  const int32_t* rows;           // [E] q rows
-  const int64_t* list_begin;     // [num_lists + 1] where a list starts in rows
-  const uint64_t* work_begin;    // [num_lists + 1]
-  int num_lists;                 // Hkv * num_blocks; list = kv head * num_blocks + block
-  int chunk;                     // entries
-  int64_t max_items;             // what the grid is launched with: items known only on the device
+  const int32_t* rows;         // [E] q rows
+  const int64_t* list_begin;   // [num_lists + 1] where a list starts in rows
+  const uint64_t* work_begin;  // [num_lists + 1]
+  int num_lists;               // Hkv * num_blocks; list = kv head * num_blocks + block
+  int chunk;                   // entries
+  int64_t max_items;           // what the grid is launched with: items known only on the device
   int64_t max_partials;
 };
 

@@ -1,8 +1,8 @@
-// Walks the union of the block lists of a tile's tokens, one block at a time in ascending order: a merge of sorted lists. Any
-// number of blocks, any list width; nothing is stored. One warp walks; token i belongs to lane i % 32.
+// Walks the union of the block lists of a tile's tokens, one block at a time in ascending order: a merge of sorted
+// lists. Any number of blocks, any list width; nothing is stored. One warp walks; token i belongs to lane i % 32.
 //
-// A step costs about 30 instructions for up to 32 tokens and no shared memory. (All words always: 160 instructions, and with
-// them the producers, not the L2, set the forward's pace.)
+// A step costs about 30 instructions for up to 32 tokens and no shared memory. (All words always: 160 instructions, and
+// with them the producers, not the L2, set the forward's pace.)
 #pragma once
 
 #include "common/plan.h"
@@ -64,8 +64,8 @@ class BlockWalk {
     upcoming_ = __reduce_min_sync(kFullWarp, smallest);
   }
 
-  const int32_t* lists_;  // of token `lane`
-  int position_[kWords];  // of the next read
+  const int32_t* lists_;                 // of token `lane`
+  int position_[kWords];                 // of the next read
   int current_[kWords], ahead_[kWords];  // ahead hides the latency of the next read
   int width_, words_, upcoming_;
 };

@@ -1,4 +1,5 @@
-// One work item of dK and dV: some keys of a block against some of the query rows that chose it. What the two families share.
+// One work item of dK and dV: some keys of a block against some of the query rows that chose it. What the two families
+// share.
 #pragma once
 
 #include "common/kernel_args.h"
@@ -8,15 +9,16 @@ namespace nsa::device {
 
 // One CTA's part of the work: entries [begin, end) of a block's list.
 struct Item {
-  int head;              // kv head
-  int first_key, keys;   // k row; at most 64
-  int first_in_block;    // key of the block, 0 or 64
-  int64_t begin;         // entries, of index.rows
+  int head;             // kv head
+  int first_key, keys;  // k row; at most 64
+  int first_in_block;   // key of the block, 0 or 64
+  int64_t begin;        // entries, of index.rows
   int entries;
-  int partial;           // partial tile, -1: the list is in one piece
+  int partial;  // partial tile, -1: the list is in one piece
 };
 
-// Which list holds work item `item`: a search with 32 probes a round, the same in every warp. -1: there is no such item.
+// Which list holds work item `item`: a search with 32 probes a round, the same in every warp. -1: there is no such
+// item.
 __device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsigned item, int lane) {
   int low = 0, high = index.num_lists;  // the last list with work_begin <= item, in [low, high)
   if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
@@ -49,7 +51,8 @@ __device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane,
   return item.keys > 0;
 }
 
-// The part of an item that store_sums() needs, through shared memory (16 bytes): registers are short in the loop between.
+// The part of an item that store_sums() needs, through shared memory (16 bytes): registers are short in the loop
+// between.
 __device__ __forceinline__ void leave_item(const Item& item, uint32_t at) {
   store_shared(at, item.head);
   store_shared(at + 4, item.first_key);
@@ -75,7 +78,8 @@ struct KeySums {
 #pragma unroll
     for (int n = 0; n < Config::kDkColumns / 8; ++n) store_shared_float4(at + 512 * n, dk[n]);
 #pragma unroll
-    for (int n = 0; n < Config::kDvColumns / 8; ++n) store_shared_float4(at + 512 * (Config::kDkColumns / 8 + n), dv[n]);
+    for (int n = 0; n < Config::kDvColumns / 8; ++n)
+      store_shared_float4(at + 512 * (Config::kDkColumns / 8 + n), dv[n]);
   }
   __device__ __forceinline__ void add(uint32_t at) {
 #pragma unroll
@@ -98,7 +102,8 @@ struct KeySums {
 // stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked.
 template <int kColumns>
 __device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t stats,
-                                                  uint32_t last_keys, int key, bool masked, float scale_log2, int lane) {
+                                                  uint32_t last_keys, int key, bool masked, float scale_log2,
+                                                  int lane) {
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
     const int row = 8 * n + 2 * (lane & 3);

@@ -37,7 +37,8 @@ __device__ __forceinline__ float4 load_shared_float4(uint32_t shared) {
 }
 
 __device__ __forceinline__ void store_shared_float4(uint32_t shared, const float (&value)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "f"(value[0]), "f"(value[1]), "f"(value[2]),
+               "f"(value[3])
                : "memory");
 }
 
@@ -55,7 +56,8 @@ __device__ __forceinline__ void copy16_async(uint32_t shared, const void* global
 template <int kBytes>
 __device__ __forceinline__ void copy_small_async(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? kBytes : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes) : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes)
+               : "memory");
 }
 
 // Waits for all cp.async of this thread.
@@ -78,7 +80,8 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, unsigned parity) {
   uint32_t done;
 #if __CUDA_ARCH__ >= 900
-  // The hardware may suspend the warp for up to this many ns: spinning took a third of the issue slots from the warps at work.
+  // The hardware may suspend the warp for up to this many ns: spinning took a third of the issue slots from the warps
+  // at work.
   constexpr uint32_t kSuspend = 10'000'000;
   asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done)
@@ -127,7 +130,8 @@ template <>
 struct Half<__nv_bfloat16> {
   // d[16x8] += a[16x16] b[16x8]
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -143,7 +147,8 @@ struct Half<__nv_bfloat16> {
 template <>
 struct Half<__half> {
   static __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }

@@ -1,9 +1,10 @@
 // A tile of queries against the union of their blocks: what the forward and dQ share.
 //
-// The (token, head of the group) pairs of one kv head are numbered through and cut into units of 16 rows (cuda::Units), one for
-// each consumer warp: whatever G is, no row is padding but at a sequence's end. Producer warps walk the union of the tile's block lists and load
-// every K/V block once into a ring of stages; a stage holds kKeys keys: a part of a block, or several blocks smaller than it.
-// Each consumer warp skips the stages that none of its tokens chose and masks the rest row by row.
+// The (token, head of the group) pairs of one kv head are numbered through and cut into units of 16 rows (cuda::Units),
+// one for each consumer warp: whatever G is, no row is padding but at a sequence's end. Producer warps walk the union
+// of the tile's block lists and load every K/V block once into a ring of stages; a stage holds kKeys keys: a part of a
+// block, or several blocks smaller than it. Each consumer warp skips the stages that none of its tokens chose and masks
+// the rest row by row.
 #pragma once
 
 #include "common/kernel_args.h"
@@ -12,24 +13,25 @@
 
 namespace nsa::device {
 
-template <int kDk_, int kDv_, int kKeys_, int kMaxWarps_, int kProducerWarps_, int kWarpBytes_, typename TileK_, typename TileV_>
+template <int kDk_, int kDv_, int kKeys_, int kMaxWarps_, int kProducerWarps_, int kWarpBytes_, typename TileK_,
+          typename TileV_>
 struct QueryTileShape {
   static constexpr int kDk = kDk_, kDv = kDv_;
-  using TileK = TileK_;                                     // how a stage's keys lie in shared memory
+  using TileK = TileK_;  // how a stage's keys lie in shared memory
   using TileV = TileV_;
-  static constexpr int kKeys = kKeys_;                      // keys a stage
-  static constexpr int kMaxWarps = kMaxWarps_;              // consumers
+  static constexpr int kKeys = kKeys_;          // keys a stage
+  static constexpr int kMaxWarps = kMaxWarps_;  // consumers
   static constexpr int kProducerWarps = kProducerWarps_;
-  static constexpr int kWarpBytes = kWarpBytes_;            // a consumer's own shared memory, behind the ring
+  static constexpr int kWarpBytes = kWarpBytes_;  // a consumer's own shared memory, behind the ring
   static constexpr int kThreads = 32 * (kMaxWarps + kProducerWarps);
-  static constexpr int kWords = (16 * kMaxWarps + 31) / 32; // tokens of a tile, as bits
-  static constexpr int kParts = kKeys / 16;                 // of 16 keys, the smallest block
+  static constexpr int kWords = (16 * kMaxWarps + 31) / 32;  // tokens of a tile, as bits
+  static constexpr int kParts = kKeys / 16;                  // of 16 keys, the smallest block
   static constexpr int kKeyBytes = 2 * kKeys * kDk;
   static constexpr int kStageBytes = kKeyBytes + 2 * kKeys * kDv;
 
-  // What a stage holds, in 32-bit words: for each of its blocks (or the part of one) the k row of the first key and the tokens
-  // that chose it, as bits; behind them the tile's number, and whether the stage is its last. So consumers keep no place in the
-  // tile loop: those registers decide whether the inner loop spills.
+  // What a stage holds, in 32-bit words: for each of its blocks (or the part of one) the k row of the first key and the
+  // tokens that chose it, as bits; behind them the tile's number, and whether the stage is its last. So consumers keep
+  // no place in the tile loop: those registers decide whether the inner loop spills.
   static constexpr int kPartWords = 1 + kWords;
   static constexpr int kInfoWords = kParts * kPartWords + 2;
   // Shared memory: places, barriers, infos, stages, consumers' own. Only the last offset is unknown to the compiler.
@@ -37,10 +39,13 @@ struct QueryTileShape {
   static constexpr int kBarriers = 8 * 16 * kMaxWarps;  // behind the {token, last key} of every row
   static constexpr int kInfos = kBarriers + 16 * kMaxStages;
   static constexpr int kStages = (kInfos + 4 * kInfoWords * kMaxStages + 1023) / 1024 * 1024;
-  static int num_stages(int shared_bytes, int warps) { return (shared_bytes - kStages - warps * kWarpBytes) / kStageBytes; }
+  static int num_stages(int shared_bytes, int warps) {
+    return (shared_bytes - kStages - warps * kWarpBytes) / kStageBytes;
+  }
   static int shared_bytes(int stages, int warps) { return kStages + stages * kStageBytes + warps * kWarpBytes; }
 
-  // Consumer warps: as many as leave three stages, but never fewer than four. (One stage works, three hide the latency.)
+  // Consumer warps: as many as leave three stages, but never fewer than four. (One stage works, three hide the
+  // latency.)
   static int choose_warps(int shared_bytes, int step = 1) {
     int warps = kMaxWarps;
     while (warps > 4 && num_stages(shared_bytes, warps) < 3) warps -= step;
@@ -60,8 +65,10 @@ struct Unit {
       int low = 0, high = runs + 1;  // first run with unit_begin > unit
       while (low < high) {
         const int middle = (low + high) / 2;
-        if (__ldg(units.unit_begin + middle) > unit) high = middle;
-        else low = middle + 1;
+        if (__ldg(units.unit_begin + middle) > unit)
+          high = middle;
+        else
+          low = middle + 1;
       }
       run = low - 1;
       real = run < runs;
@@ -79,14 +86,18 @@ struct Unit {
     first_token = begin + in_run;
     first_group = 16 * run_unit - in_run * group;
   }
-  __device__ __forceinline__ int last_token(int group) const { return min(first_token + (first_group + 15) / group, end_token - 1); }
+  __device__ __forceinline__ int last_token(int group) const {
+    return min(first_token + (first_group + 15) / group, end_token - 1);
+  }
 };
 
-inline int count_tiles_per_head(const cuda::Plan& plan, int warps) { return (plan.units.max_units + warps - 1) / warps; }
+inline int count_tiles_per_head(const cuda::Plan& plan, int warps) {
+  return (plan.units.max_units + warps - 1) / warps;
+}
 
 // One tile: a unit for each of its warps, of one kv head.
 struct QueryTile {
-  int head;        // kv head
+  int head;  // kv head
   int first_unit;
 
   struct Row {
@@ -102,7 +113,8 @@ struct QueryTile {
     const Unit first(units, first_unit, group);
     if (!first.real) return {0, 0};
     int last_unit = first_unit + warps - 1;
-    if (!Unit(units, last_unit, group).real) last_unit = (units.unit_begin ? __ldg(units.unit_begin + units.runs) : units.max_units) - 1;
+    if (!Unit(units, last_unit, group).real)
+      last_unit = (units.unit_begin ? __ldg(units.unit_begin + units.runs) : units.max_units) - 1;
     return {first.first_token, Unit(units, last_unit, group).last_token(group) + 1 - first.first_token};
   }
   // Row i of a unit.
@@ -120,7 +132,8 @@ struct KeyRing {
   int stage = 0;
   unsigned phase = 0;
 
-  __device__ __forceinline__ KeyRing(const char* base, int num_stages) : shared(shared_address(base)), stages(num_stages) {}
+  __device__ __forceinline__ KeyRing(const char* base, int num_stages)
+      : shared(shared_address(base)), stages(num_stages) {}
   __device__ __forceinline__ uint32_t full() const { return full(stage); }
   __device__ __forceinline__ uint32_t empty() const { return empty(stage); }
   __device__ __forceinline__ uint32_t info() const { return shared + Shape::kInfos + 4 * Shape::kInfoWords * stage; }
@@ -175,9 +188,9 @@ struct BlockParts {
 
 // All producer warps walk the union for themselves (cheaper than telling each other) and copy a share of every stage.
 template <typename Shape>
-__device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const cuda::TensorArg& k, const cuda::TensorArg& v,
-                                                   int number, const QueryTile& tile, int warps, int group,
-                                                   KeyRing<Shape>& ring, int warp, int lane) {
+__device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const cuda::TensorArg& k,
+                                                   const cuda::TensorArg& v, int number, const QueryTile& tile,
+                                                   int warps, int group, KeyRing<Shape>& ring, int warp, int lane) {
   constexpr int kThreads = 32 * Shape::kProducerWarps;
   const int thread = 32 * warp + lane;
   const int part = min(plan.block_size, Shape::kKeys);  // keys that a block gives to a stage
@@ -188,9 +201,11 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
   const char* v_head = v.data + tile.head * v.head_bytes;
   const int2 tokens = tile.tokens(plan.units, warps, group);
   BlockWalk<Shape::kWords> walk;
-  walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tokens.x) * plan.list_width, plan.list_width,
-             tokens.y, lane);
-  auto place_upcoming = [&] { return walk.upcoming() == cuda::kNoBlock ? int2{0, 0} : __ldg(plan.blocks + walk.upcoming()); };
+  walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tokens.x) * plan.list_width,
+             plan.list_width, tokens.y, lane);
+  auto place_upcoming = [&] {
+    return walk.upcoming() == cuda::kNoBlock ? int2{0, 0} : __ldg(plan.blocks + walk.upcoming());
+  };
   int2 upcoming = place_upcoming();
   BlockParts block;
   block.done = plan.block_size;
@@ -235,9 +250,9 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
 
 // The producers' whole work: a CTA takes every gridDim.x-th tile.
 template <typename Shape>
-__device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda::TensorArg& k, const cuda::TensorArg& v,
-                                              int num_heads_k, int group, int warps, int tiles_per_head, KeyRing<Shape>& ring,
-                                              int warp, int lane) {
+__device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda::TensorArg& k,
+                                              const cuda::TensorArg& v, int num_heads_k, int group, int warps,
+                                              int tiles_per_head, KeyRing<Shape>& ring, int warp, int lane) {
   // one kv head after the other: its K and V stay in the L2
   for (int t = blockIdx.x; t < tiles_per_head * num_heads_k; t += gridDim.x) {
     produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, warps), warps, group, ring, warp, lane);
@@ -250,11 +265,11 @@ __device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda
 // Which keys of a stage a lane's two rows (g and g + 8 of the warp's 16) see.
 template <typename Shape>
 struct Visibility {
-  // Of the lane's two rows, in shared memory: {token of the tile, k row of the last key that it may see, -1 where the row doesn't
-  // exist}. Four registers that the inner loop doesn't have.
+  // Of the lane's two rows, in shared memory: {token of the tile, k row of the last key that it may see, -1 where the
+  // row doesn't exist}. Four registers that the inner loop doesn't have.
   uint32_t places;
-  // Keys seen of every 16 of the stage, 0 to 16, a byte each: they are the first ones of the 16, since a list names whole
-  // blocks and causality and the sequence's end cut off the tail.
+  // Keys seen of every 16 of the stage, 0 to 16, a byte each: they are the first ones of the 16, since a list names
+  // whole blocks and causality and the sequence's end cut off the tail.
   int seen[2];
   static constexpr int kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
 
@@ -262,13 +277,15 @@ struct Visibility {
       : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
 
   // first_token: of the tile
-  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, int first_token, const cuda::Plan& plan) const {
+  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, int first_token,
+                                          const cuda::Plan& plan) const {
     // all four lanes of a row write the same
     store_shared(places + 64 * r, row.real ? row.token - first_token : 0);
     store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
   }
 
-  // False where the warp sees nothing of the stage; the same answer in all lanes. Most stages of a tile are another warp's.
+  // False where the warp sees nothing of the stage; the same answer in all lanes. Most stages of a tile are another
+  // warp's.
   __device__ __forceinline__ bool read(const KeyRing<Shape>& ring, int block_size) {
     const int2 place[2] = {load_shared_pair(places), load_shared_pair(places + 64)};
     if (block_size >= Shape::kKeys) {
@@ -306,9 +323,7 @@ struct Visibility {
     return __any_sync(kFullWarp, (seen[0] | seen[1]) != 0);
   }
 
-  __device__ __forceinline__ bool everything() const {
-    return seen[0] == kAll && seen[1] == kAll;
-  }
+  __device__ __forceinline__ bool everything() const { return seen[0] == kAll && seen[1] == kAll; }
 
   static __device__ __forceinline__ bool is_member(uint32_t info, int token) {
     return (load_shared(info + 4 + 4 * (token / 32)) >> (token % 32)) & 1;

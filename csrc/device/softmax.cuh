@@ -6,8 +6,8 @@
 namespace nsa::device {
 
 inline constexpr float kLn2 = 0.6931471805599453f;
-// A row's maximum is only followed when it grows by more than this (log2): P stays below 2^8, exact enough in 16 bits, and most
-// blocks don't touch O.
+// A row's maximum is only followed when it grows by more than this (log2): P stays below 2^8, exact enough in 16 bits,
+// and most blocks don't touch O.
 inline constexpr float kRescaleThreshold = 8.f;
 
 template <int kDv>
@@ -28,7 +28,8 @@ struct OnlineSoftmax {
   // Scores -> P = exp2(scores * scale_log2 - max2), following the maximum; O is rescaled where it moved.
   // Where sees says so, a score counts as -inf.
   template <typename Shape, int kColumns>
-  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Visibility<Shape>& sees, float scale_log2, int lane) {
+  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Visibility<Shape>& sees, float scale_log2,
+                                         int lane) {
     if (!(scale_log2 > 0.f)) {  // the maximum of the scaled scores isn't the scaled maximum: scale first
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -95,7 +96,8 @@ struct OnlineSoftmax {
       if (!row.real) continue;
       store_row<Element, kDv>(a.o.at(row.token, row.head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
       if (a.lse.data && (lane & 3) == 0) {
-        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) = total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
+        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) =
+            total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
       }
     }
   }

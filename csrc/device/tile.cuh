@@ -1,15 +1,15 @@
 // Tiles of 16-bit rows in shared memory and the three products that attention makes of them with m16n8k16 MMAs.
 //
-// Fragments of one warp (lane = 4 g + t): an accumulator acc[n][4] covers 16 x 8 elements: rows g (0, 1) and g + 8 (2, 3),
-// columns 8 n + 2 t + {0, 1}.
+// Fragments of one warp (lane = 4 g + t): an accumulator acc[n][4] covers 16 x 8 elements: rows g (0, 1) and g + 8 (2,
+// 3), columns 8 n + 2 t + {0, 1}.
 #pragma once
 
 #include "device/ptx.cuh"
 
 namespace nsa::device {
 
-// Rows of kDim elements, one behind the other. The 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that the 8 rows of an
-// ldmatrix matrix hit 8 different bank groups.
+// Rows of kDim elements, one behind the other. The 16-byte chunk c of row r lies at chunk c ^ (r & 7), so that the 8
+// rows of an ldmatrix matrix hit 8 different bank groups.
 template <int kDim>
 struct Tile {
   static_assert(kDim % 64 == 0, "a row must be whole 128-byte lines for the swizzle");
@@ -33,17 +33,17 @@ struct BoxTile {
   }
 };
 
-// Where a lane finds its row of an ldmatrix, for every second 16-byte chunk 2 i + (0 or 1): within 128 bytes the swizzle is an
-// XOR of the address (tiles are 128-byte aligned), beyond them an immediate offset. So a stage costs four XORs, and nothing is
-// worth keeping in registers from one stage to the next.
+// Where a lane finds its row of an ldmatrix, for every second 16-byte chunk 2 i + (0 or 1): within 128 bytes the
+// swizzle is an XOR of the address (tiles are 128-byte aligned), beyond them an immediate offset. So a stage costs four
+// XORs, and nothing is worth keeping in registers from one stage to the next.
 struct MatrixRow {
   uint32_t address;
   __device__ __forceinline__ MatrixRow(uint32_t row, int odd, int lane) : address(row + ((odd ^ (lane & 7)) << 4)) {}
   __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
 };
 
-// Copies rows into a Tile or BoxTile, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the same in every row
-// that a thread copies, and a 16-byte copy costs two instructions.
+// Copies rows into a Tile or BoxTile, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the
+// same in every row that a thread copies, and a 16-byte copy costs two instructions.
 template <typename Tile, int kThreads>
 struct RowCopy {
   static constexpr int kStep = kThreads / 8;  // rows a pass
@@ -72,7 +72,8 @@ struct RowCopy {
   }
 
   // Rows >= valid become zeros (and aren't read).
-  __device__ __forceinline__ void some(uint32_t tile, const char* source, int64_t row_bytes, int rows, int valid) const {
+  __device__ __forceinline__ void some(uint32_t tile, const char* source, int64_t row_bytes, int rows,
+                                       int valid) const {
     const char* p = source + from;
     uint32_t t = tile + to;
 #pragma unroll 1
@@ -106,7 +107,8 @@ struct RegisterOperand {
 
 // acc[16 x kRows] += a[16 x kDim] tile[kRows x kDim]^T
 template <typename Element, int kDim, int kRows, typename Operand>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], const Operand& operand, uint32_t tile, int lane) {
+__device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], const Operand& operand, uint32_t tile,
+                                                    int lane) {
   const MatrixRow row(tile + ((lane & 7) + (lane >> 4) * 8) * Tile<kDim>::kRowBytes, (lane >> 3) & 1, lane);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
@@ -123,10 +125,11 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], 
   }
 }
 
-// acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a multiple of 64.
+// acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a
+// multiple of 64.
 template <typename Element, int kDim, int kRows, int kColumns>
-__device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4], uint32_t tile,
-                                         int lane) {
+__device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4],
+                                         uint32_t tile, int lane) {
   const MatrixRow row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Tile<kDim>::kRowBytes, lane >> 4, lane);
 #pragma unroll
   for (int n = 0; n < kColumns / 16; ++n) {
@@ -164,7 +167,8 @@ __device__ __forceinline__ void clear(float (&acc)[kColumns][4]) {
 
 // Writes one of a lane's two rows of an accumulator, scaled; `to` is the row's first element.
 template <typename Element, int kColumns>
-__device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns / 8][4], int half, float scale, int lane) {
+__device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns / 8][4], int half, float scale,
+                                          int lane) {
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
     *reinterpret_cast<uint32_t*>(to + 16 * n + 4 * (lane & 3)) =

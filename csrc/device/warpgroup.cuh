@@ -1,4 +1,5 @@
-// What a consumer warpgroup of the Hopper kernels needs besides wgmma: its rows in shared memory, and which stages concern it.
+// What a consumer warpgroup of the Hopper kernels needs besides wgmma: its rows in shared memory, and which stages
+// concern it.
 #pragma once
 
 #include "device/query_tile.cuh"
@@ -20,10 +21,11 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }
 
-// Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist become zeros.
+// Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist
+// become zeros.
 template <int kDim>
-__device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg& from, const QueryTile& tile, const Unit& unit,
-                                          int group, int warp, int lane) {
+__device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg& from, const QueryTile& tile,
+                                          const Unit& unit, int group, int warp, int lane) {
   using Boxes = BoxTile<kDim, 64>;
   for (int i = lane; i < 16 * Boxes::kChunks; i += 32) {
     const int r = i / Boxes::kChunks, chunk = i - r * Boxes::kChunks;
@@ -33,7 +35,8 @@ __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg&
   }
 }
 
-// The tokens of a warpgroup's four units, as places in the tile: a stage that none of them chose is skipped by all four warps.
+// The tokens of a warpgroup's four units, as places in the tile: a stage that none of them chose is skipped by all four
+// warps.
 struct GroupTokens {
   int first, last;  // last < first: no real unit
 
@@ -77,13 +80,15 @@ __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uin
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     Wgmma<Element, kRows>::rows(acc, matrix_descriptor(a + step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
-                                matrix_descriptor(b + step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32), step > 0);
+                                matrix_descriptor(b + step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32),
+                                step > 0);
   }
 }
 
 // acc[64 x kColumns] += a[64 x kRows] b; b a BoxTile of kRows rows, read from its first box on.
 template <typename Element, int kRows, int kColumns>
-__device__ __forceinline__ void start_columns(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4], uint32_t b) {
+__device__ __forceinline__ void start_columns(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4],
+                                              uint32_t b) {
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
     Wgmma<Element, kColumns>::columns(acc, a[step], matrix_descriptor(b + step * 16 * 128, kRows * 128));

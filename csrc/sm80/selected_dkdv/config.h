@@ -5,8 +5,9 @@
 
 namespace nsa::sm80::selected_dkdv {
 
-// A CTA owns up to 64 keys of one block and takes the query rows that chose it, kRows a stage, in slices of 32 (16). Its 8 warps are
-// laid out over (16 keys) x (column halves of dK, dV) x (slices); what is left over for slices is added up at the end.
+// A CTA owns up to 64 keys of one block and takes the query rows that chose it, kRows a stage, in slices of 32 (16).
+// Its 8 warps are laid out over (16 keys) x (column halves of dK, dV) x (slices); what is left over for slices is added
+// up at the end.
 //
 // Registers a thread, of 255: dK and dV (Dk + Dv) / (2 kSplit) + S and dP kSlice + about 65.
 //   (64, 64)     64 + 32 + 65 = 161
@@ -19,8 +20,8 @@ struct Config {
   static constexpr int kDk = kDk_, kDv = kDv_;
   static constexpr int kWarps = 8;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kKeys = 64;                          // of a CTA, at most
-  static constexpr int kRows = kDk == 256 ? 32 : 64;        // query rows a stage
+  static constexpr int kKeys = 64;                    // of a CTA, at most
+  static constexpr int kRows = kDk == 256 ? 32 : 64;  // query rows a stage
   static constexpr int kSlice = kDk == 192 ? 16 : 32;
   static constexpr int kSplit = kDk == 256 ? 2 : 1;
   static constexpr int kDkColumns = kDk / kSplit, kDvColumns = kDv / kSplit;  // of a warp

@@ -1,4 +1,5 @@
-// dK and dV of selected attention: a CTA owns keys of one block and gathers the query rows that chose it (inverted index).
+// dK and dV of selected attention: a CTA owns keys of one block and gathers the query rows that chose it (inverted
+// index).
 //   S^T = K Q^T   P^T = exp(S^T - lse)   dV = P^T dO   dP^T = V dO^T   dS^T = P^T (dP^T - delta)   dK = scale dS^T Q
 // Sums stay in registers and are added in a fixed order: bitwise deterministic without atomics.
 #pragma once
@@ -11,13 +12,14 @@ namespace nsa::sm80::selected_dkdv {
 using cuda::BackwardArgs;
 using device::Item;
 
-// Brings query rows into stages. Four threads copy a row of 64 (eight one of 32); the row's token is read one stage ahead.
+// Brings query rows into stages. Four threads copy a row of 64 (eight one of 32); the row's token is read one stage
+// ahead.
 template <typename Config>
 struct Gather {
   static constexpr int kThreadsPerRow = Config::kThreads / Config::kRows;
   const int32_t* tokens;
-  int rows;     // entries * G
-  int next;     // row that this thread copies next
+  int rows;  // entries * G
+  int next;  // row that this thread copies next
   int token;
   bool real;
 
@@ -42,11 +44,13 @@ struct Gather {
 #pragma unroll
     for (int c = 0; c < device::Tile<Config::kDv>::kChunks / kThreadsPerRow; ++c) {
       const int chunk = c * kThreadsPerRow + part;
-      device::copy16_async(stage + Config::kDout + device::Tile<Config::kDv>::offset(row, chunk), dout + 16 * chunk, real);
+      device::copy16_async(stage + Config::kDout + device::Tile<Config::kDv>::offset(row, chunk), dout + 16 * chunk,
+                           real);
     }
     if (part == 0) {  // rows that don't exist become zeros everywhere, and so does what they add
       const int heads = a.num_heads_k * a.group;
-      device::copy_small_async<8>(stage + Config::kStats + 8 * row, a.stats + static_cast<int64_t>(token) * heads + head, real);
+      device::copy_small_async<8>(stage + Config::kStats + 8 * row,
+                                  a.stats + static_cast<int64_t>(token) * heads + head, real);
       device::copy_small_async<4>(stage + Config::kLastKeys + 4 * row, a.plan.last_key + token, real);
     }
     device::barrier_arrive_after_copies(full);
@@ -62,8 +66,9 @@ struct WarpPlace {
 
 // kSlice query rows against the warp's 16 keys.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int first_row, const WarpPlace& place,
-                                       int first_key, bool masked, int lane, device::KeySums<Config>& sums) {
+__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int first_row,
+                                       const WarpPlace& place, int first_key, bool masked, int lane,
+                                       device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
   using TileK = device::Tile<Config::kDk>;
   using TileV = device::Tile<Config::kDv>;
@@ -76,22 +81,23 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, ui
   device::multiply_transposed<Element, Config::kDk, kSlice>(
       p, device::SharedOperand<Config::kDk>(block + place.key_tile * 16 * TileK::kRowBytes, lane), q, lane);
   device::multiply_transposed<Element, Config::kDv, kSlice>(
-      ds, device::SharedOperand<Config::kDv>(block + Config::kKeyBytes + place.key_tile * 16 * TileV::kRowBytes, lane), dout, lane);
+      ds, device::SharedOperand<Config::kDv>(block + Config::kKeyBytes + place.key_tile * 16 * TileV::kRowBytes, lane),
+      dout, lane);
   device::key_probabilities(p, ds, stage + Config::kStats + 8 * first_row, stage + Config::kLastKeys + 4 * first_row,
                             first_key + 16 * place.key_tile + lane / 4, masked, a.scale_log2, lane);
   uint32_t operand[kSlice / 16][4];
   device::round_to_operand<Element, kSlice>(operand, p);
-  device::multiply<Element, Config::kDv, kSlice, Config::kDvColumns>(sums.dv, operand, dout + 2 * place.half * Config::kDvColumns,
-                                                                     lane);
+  device::multiply<Element, Config::kDv, kSlice, Config::kDvColumns>(sums.dv, operand,
+                                                                     dout + 2 * place.half * Config::kDvColumns, lane);
   device::round_to_operand<Element, kSlice>(operand, ds);
-  device::multiply<Element, Config::kDk, kSlice, Config::kDkColumns>(sums.dk, operand, q + 2 * place.half * Config::kDkColumns,
-                                                                     lane);
+  device::multiply<Element, Config::kDk, kSlice, Config::kDkColumns>(sums.dk, operand,
+                                                                     q + 2 * place.half * Config::kDkColumns, lane);
 }
 
 // Adds the slices' sums, halving their number: slice s takes those of s + half. Every warp calls it.
 template <typename Config>
-__device__ __forceinline__ void add_slices(uint32_t shared, const WarpPlace& place, int warps_per_slice, int warp, int lane,
-                                           device::KeySums<Config>& sums) {
+__device__ __forceinline__ void add_slices(uint32_t shared, const WarpPlace& place, int warps_per_slice, int warp,
+                                           int lane, device::KeySums<Config>& sums) {
   for (int half = place.num_slices / 2; half > 0; half /= 2) {
     __syncthreads();
     const bool gives = place.slice >= half && place.slice < 2 * half, takes = place.slice < half;
@@ -140,7 +146,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   int stage = 0, slice = 0;
   unsigned phase = 0;
   for (int i = 0; i < iterations; ++i) {
-    if (i > 0 && i - 1 + stages < iterations) {  // refill the stage of the last iteration once every warp is done with it
+    if (i > 0 &&
+        i - 1 + stages < iterations) {  // refill the stage of the last iteration once every warp is done with it
       const int freed = stage > 0 ? stage - 1 : stages - 1;
       device::barrier_wait(empty(freed), stage > 0 ? phase : phase ^ 1);
       gather.copy(a, item.head, stage_at(freed), full(freed));
@@ -149,7 +156,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     // rows ascend, and so do their last keys: when the first row sees the whole block, all do
     const bool masked = device::load_shared(stage_at(stage) + Config::kLastKeys) < item.first_key + item.keys - 1;
     for (int row = 0; row < Config::kRows; row += Config::kSlice) {
-      if (slice == place.slice) attend<Config>(a, block, stage_at(stage), row, place, item.first_key, masked, lane, sums);
+      if (slice == place.slice)
+        attend<Config>(a, block, stage_at(stage), row, place, item.first_key, masked, lane, sums);
       slice = slice + 1 == place.num_slices ? 0 : slice + 1;
     }
     __syncwarp();

@@ -13,8 +13,8 @@ using device::Unit;
 
 // Copies the warp's 16 rows of one tensor into its own shared memory; rows that don't exist become zeros.
 template <int kDim>
-__device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& from, const QueryTile& tile, const Unit& unit,
-                                          int group, int lane) {
+__device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& from, const QueryTile& tile,
+                                          const Unit& unit, int group, int lane) {
   constexpr int kChunks = device::Tile<kDim>::kChunks;
   for (int i = lane; i < 16 * kChunks; i += 32) {
     const int r = i / kChunks, chunk = i - r * kChunks;
@@ -25,8 +25,9 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& fr
 }
 
 template <typename Config>
-__device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile& tile, const KeyRing<Config>& ring, int warp,
-                                          int lane, const device::Visibility<Config>& sees, float (&lse2)[2], float (&delta)[2]) {
+__device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile& tile, const KeyRing<Config>& ring,
+                                          int warp, int lane, const device::Visibility<Config>& sees, float (&lse2)[2],
+                                          float (&delta)[2]) {
   const uint32_t own = ring.own(warp);
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
@@ -49,8 +50,9 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
 
 // kStep keys of a stage, beginning at key `first`.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Config>& ring, const device::Visibility<Config>& sees,
-                                       const float (&lse2)[2], const float (&delta)[2], int first, int warp, int lane,
+__device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Config>& ring,
+                                       const device::Visibility<Config>& sees, const float (&lse2)[2],
+                                       const float (&delta)[2], int first, int warp, int lane,
                                        float (&dq)[Config::kDk / 8][4]) {
   using Element = typename Config::Element;
   using TileK = device::Tile<Config::kDk>;
@@ -60,7 +62,8 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
   float s[kStep / 8][4], dp[kStep / 8][4];
   device::clear(s);
   device::clear(dp);
-  device::multiply_transposed<Element, Config::kDk, kStep>(s, device::SharedOperand<Config::kDk>(own, lane), keys, lane);
+  device::multiply_transposed<Element, Config::kDk, kStep>(s, device::SharedOperand<Config::kDk>(own, lane), keys,
+                                                           lane);
   device::multiply_transposed<Element, Config::kDv, kStep>(
       dp, device::SharedOperand<Config::kDv>(own + 16 * TileK::kRowBytes, lane),
       ring.values() + first * device::Tile<Config::kDv>::kRowBytes, lane);
@@ -86,15 +89,16 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ BackwardArgs a, int stages, int warps,
-                                                              int tiles_per_head) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ BackwardArgs a, int stages, int warps, int tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
   if (threadIdx.x == 0) ring.init(warps);
   __syncthreads();
   if (warp >= warps) {
-    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps, lane);
+    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
+                                  lane);
     return;
   }
   device::Visibility<Config> sees(ring, warp, lane);
@@ -120,7 +124,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      if (row.real) device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
+      if (row.real)
+        device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
     }
   }
 }

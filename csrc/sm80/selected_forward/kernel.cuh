@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
 
 // One stage of keys.
 template <typename Config>
-__device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>& ring, const device::Visibility<Config>& sees,
-                                       float scale_log2, int lane) {
+__device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>& ring,
+                                       const device::Visibility<Config>& sees, float scale_log2, int lane) {
   using Element = typename Config::Element;
   float s[Config::kKeys / 8][4];
   device::clear(s);
@@ -55,8 +55,8 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ ForwardArgs a, int stages, int warps,
-                                                              int tiles_per_head) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ ForwardArgs a, int stages, int warps, int tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   __syncthreads();
 
   if (warp >= warps) {
-    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps, lane);
+    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
+                                  lane);
     return;
   }
   device::Visibility<Config> sees(ring, warp, lane);

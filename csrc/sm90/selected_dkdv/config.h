@@ -5,18 +5,19 @@
 
 namespace nsa::sm90::selected_dkdv {
 
-// A CTA owns 64 keys of one block; a producer warpgroup gathers the query rows that chose it, kRows a stage, and two consumer
-// warpgroups take stages in turn; their sums are added at the end. With head dim 256 the two share every stage and own half of
-// the columns of dK and dV each; both compute S and dP.
+// A CTA owns 64 keys of one block; a producer warpgroup gathers the query rows that chose it, kRows a stage, and two
+// consumer warpgroups take stages in turn; their sums are added at the end. With head dim 256 the two share every stage
+// and own half of the columns of dK and dV each; both compute S and dP.
 //
 // Registers a thread, of 224: dK and dV (Dk + Dv) / (2 kSplit) + S and dP kRows + about 30.
-//   (64, 64) 64 + 64 + 30   (128, 128) 128 + 64 + 30 = 222   (192, 128) 160 + 32 + 30 = 222   (256, 256) 128 + 32 + 30 = 190
+//   (64, 64) 64 + 64 + 30   (128, 128) 128 + 64 + 30 = 222   (192, 128) 160 + 32 + 30 = 222   (256, 256) 128 + 32 + 30
+//   = 190
 template <typename Element_, int kDk_, int kDv_>
 struct Config {
   using Element = Element_;
   static constexpr int kDk = kDk_, kDv = kDv_;
-  static constexpr int kKeys = 64;                     // of a CTA
-  static constexpr int kRows = kDk >= 192 ? 32 : 64;   // query rows a stage
+  static constexpr int kKeys = 64;                    // of a CTA
+  static constexpr int kRows = kDk >= 192 ? 32 : 64;  // query rows a stage
   static constexpr int kSplit = kDk == 256 ? 2 : 1;
   static constexpr int kDkColumns = kDk / kSplit, kDvColumns = kDv / kSplit;  // of a warpgroup
   static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;

@@ -50,15 +50,16 @@ struct GatheredRow {
   }
 };
 
-// The producer warpgroup's whole work: the block, then stage after stage of rows. Eight threads copy 128 bytes of a row.
+// The producer warpgroup's whole work: the block, then stage after stage of rows. Eight threads copy 128 bytes of a
+// row.
 template <typename Config>
 __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item, RowRing<Config>& ring, int num_rows) {
   const int thread = threadIdx.x - Config::kConsumers;
   const device::RowCopy<typename Config::KeyTileK, Config::kProducers> copy_k(a.k.row_bytes, thread);
   const device::RowCopy<typename Config::KeyTileV, Config::kProducers> copy_v(a.v.row_bytes, thread);
   copy_k.some(ring.shared + Config::kBlock, a.k.at(item.first_key, item.head), a.k.row_bytes, Config::kKeys, item.keys);
-  copy_v.some(ring.shared + Config::kBlock + Config::kValues, a.v.at(item.first_key, item.head), a.v.row_bytes, Config::kKeys,
-              item.keys);
+  copy_v.some(ring.shared + Config::kBlock + Config::kValues, a.v.at(item.first_key, item.head), a.v.row_bytes,
+              Config::kKeys, item.keys);
   const int32_t* tokens = a.index.rows + item.begin;
   const int heads = a.num_heads_k * a.group;
   const int chunk = thread % 8;
@@ -73,12 +74,14 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
       const char* dout = a.dout.at(row.token, row.head) + 16 * chunk;
 #pragma unroll
       for (int c = 0; c < Config::kDk / 64; ++c) {
-        device::copy16_async(stage + Config::RowTileQ::offset(r, chunk) + c * Config::RowTileQ::kBoxBytes, q + 128 * c, row.real);
+        device::copy16_async(stage + Config::RowTileQ::offset(r, chunk) + c * Config::RowTileQ::kBoxBytes, q + 128 * c,
+                             row.real);
       }
 #pragma unroll
       for (int c = 0; c < Config::kDv / 64; ++c) {
-        device::copy16_async(stage + Config::kDout + Config::RowTileDout::offset(r, chunk) + c * Config::RowTileDout::kBoxBytes,
-                             dout + 128 * c, row.real);
+        device::copy16_async(
+            stage + Config::kDout + Config::RowTileDout::offset(r, chunk) + c * Config::RowTileDout::kBoxBytes,
+            dout + 128 * c, row.real);
       }
       if (chunk == 0) {  // rows that don't exist become zeros everywhere, and so does what they add
         const cuda::RowStats* stats = a.stats + static_cast<int64_t>(row.token) * heads + row.head;
@@ -93,8 +96,8 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
 
 // One stage of query rows, by one warpgroup.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int key, bool masked, int half, int lane,
-                                       device::KeySums<Config>& sums) {
+__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int key, bool masked,
+                                       int half, int lane, device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows;
   float p[kRows / 8][4], ds[kRows / 8][4];
@@ -126,8 +129,8 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, ui
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring, int num_rows,
-                                        int warp, int lane) {
+__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+                                        int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
   const int half = Config::kSplit == 2 ? warpgroup : 0;
   const uint32_t block = ring.shared + Config::kBlock;

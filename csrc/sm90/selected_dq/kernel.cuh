@@ -1,4 +1,5 @@
-// dQ of selected attention on Hopper: like the forward, warpgroups of 4 units (64 rows) over the ring of their tile's blocks.
+// dQ of selected attention on Hopper: like the forward, warpgroups of 4 units (64 rows) over the ring of their tile's
+// blocks.
 //   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dQ = scale dS K
 #pragma once
 
@@ -43,7 +44,8 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
 // One stage of keys, by all four warps; a warp whose unit sees nothing of it adds nothing.
 template <typename Config>
 __device__ __forceinline__ void attend(const BackwardArgs& a, const Rows& rows, const KeyRing<Config>& ring,
-                                       const device::Visibility<Config>& sees, bool any, int lane, float (&dq)[Config::kDk / 8][4]) {
+                                       const device::Visibility<Config>& sees, bool any, int lane,
+                                       float (&dq)[Config::kDk / 8][4]) {
   using Element = typename Config::Element;
   constexpr int kKeys = Config::kKeys;
   float s[kKeys / 8][4], dp[kKeys / 8][4];
@@ -84,8 +86,8 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const Rows& rows, 
 }
 
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head, int warp,
-                                        int lane) {
+__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
+                                        int warp, int lane) {
   const int warpgroup = warp / 4;
   Rows rows;
   rows.q = ring.own(4 * warpgroup);
@@ -113,14 +115,15 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      if (row.real) device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
+      if (row.real)
+        device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
     }
   }
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ BackwardArgs a, int stages, int warps,
-                                                              int tiles_per_head) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ BackwardArgs a, int stages, int warps, int tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
@@ -128,7 +131,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   __syncthreads();
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
-    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps, lane);
+    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
+                                  lane);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, ring, warps, tiles_per_head, warp, lane);

@@ -5,8 +5,8 @@
 
 namespace nsa::sm90::selected_forward {
 
-// Consumer warpgroups of 4 units (64 rows) and one producer warpgroup. Q lies in shared memory, so a thread holds O Dv / 2, scores
-// 32, P 16 and about 35 more; setmaxnreg moves the producers' registers to the consumers.
+// Consumer warpgroups of 4 units (64 rows) and one producer warpgroup. Q lies in shared memory, so a thread holds O Dv
+// / 2, scores 32, P 16 and about 35 more; setmaxnreg moves the producers' registers to the consumers.
 //   Dv <= 128: 3 consumer warpgroups (512 threads), 64 + 48 + 35 = 147 of 152, producers 56
 //   Dv = 256:  2 consumer warpgroups (384 threads), 128 + 48 + 35 = 211 of 216, producers 72
 template <typename Element_, int kDk, int kDv>

@@ -29,8 +29,9 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
 
 // One stage of keys, by all four warps; a warp whose unit sees nothing of it adds nothing.
 template <typename Config>
-__device__ __forceinline__ void attend(device::OnlineSoftmax<Config::kDv>& softmax, uint32_t q, const KeyRing<Config>& ring,
-                                       const device::Visibility<Config>& sees, bool any, float scale_log2, int lane) {
+__device__ __forceinline__ void attend(device::OnlineSoftmax<Config::kDv>& softmax, uint32_t q,
+                                       const KeyRing<Config>& ring, const device::Visibility<Config>& sees, bool any,
+                                       float scale_log2, int lane) {
   using Element = typename Config::Element;
   float s[Config::kKeys / 8][4];
   device::fence_shared_for_wgmma();
@@ -53,8 +54,8 @@ __device__ __forceinline__ void attend(device::OnlineSoftmax<Config::kDv>& softm
 }
 
 template <typename Config>
-__device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head, int warp,
-                                        int lane) {
+__device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
+                                        int warp, int lane) {
   const int warpgroup = warp / 4;
   const uint32_t q = ring.own(4 * warpgroup);
   device::Visibility<Config> sees(ring, warp, lane);
@@ -80,8 +81,8 @@ __device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& r
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ ForwardArgs a, int stages, int warps,
-                                                              int tiles_per_head) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ ForwardArgs a, int stages, int warps, int tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   __syncthreads();
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
-    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps, lane);
+    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
+                                  lane);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, ring, warps, tiles_per_head, warp, lane);
