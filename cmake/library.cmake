@@ -36,6 +36,10 @@ set(nsa_architectures "")
 if(NSA_CUDA_ENABLED)
   string(REGEX MATCH "^[0-9]+\\.[0-9]+" nsa_toolkit "${CMAKE_CUDA_COMPILER_VERSION}")
   set(nsa_architectures "${CMAKE_CUDA_ARCHITECTURES}")
+  if(TARGET nsa_sm90)
+    list(APPEND nsa_architectures 90a-real)
+    list(REMOVE_DUPLICATES nsa_architectures)
+  endif()
 endif()
 file(CONFIGURE OUTPUT generated/build_values.h @ONLY CONTENT [[
 #pragma once

@@ -1,7 +1,7 @@
 // nsa_cuda: Native Sparse Attention (arXiv 2502.11089), C++ API.
 //
-// The library computes on memory that the caller owns. It never allocates device memory, never synchronises, never throws:
-// every function returns a Status. Sizes and strides are 64-bit and counted in elements.
+// The library computes on memory that the caller owns. It never allocates device memory, never synchronises, never
+// throws: every function returns a Status. Sizes and strides are 64-bit and counted in elements.
 //
 // Dimension letters, the same in code, docs and tests:
 //   B batch   Tq, Tk lengths   Hq, Hkv heads   G = Hq / Hkv   Dk head dim of q, k   Dv head dim of v, o
@@ -65,31 +65,33 @@ struct IndexTensor {
 // ascending inside [0, total] are repaired (running maximum, clamped); rows outside every sequence are dead.
 //
 // Query row t of a sequence stands at position p = t + q_offset; without an offset p = t + Tk - Tq of its sequence.
-// Row t sees the keys of [j * l', (j + 1) * l') for every valid entry j of its list; causal: those <= p. An entry is ignored
-// when it is negative, names a block past the sequence, stands at or past block_counts, or (causal) starts after p.
+// Row t sees the keys of [j * l', (j + 1) * l') for every valid entry j of its list; causal: those <= p. An entry is
+// ignored when it is negative, names a block past the sequence, stands at or past block_counts, or (causal) starts
+// after p.
 struct SelectedAttentionProblem {
   Device device = Device::kCpu;
   Backend backend = Backend::kAuto;
-  Dtype dtype = Dtype::kFloat32;                 // of q, k, v, o and their gradients
-  std::int64_t batch = 0;                        // B
-  std::int64_t seqlen_q = 0, seqlen_k = 0;       // Tq, Tk; packed: total_q, total_k
-  std::int64_t num_heads_q = 0, num_heads_k = 0; // Hq, Hkv
-  std::int64_t head_dim_qk = 0, head_dim_v = 0;  // Dk, Dv
-  std::int64_t block_size = 64;                  // l'
-  std::int64_t num_indices = 0;                  // S
+  Dtype dtype = Dtype::kFloat32;                  // of q, k, v, o and their gradients
+  std::int64_t batch = 0;                         // B
+  std::int64_t seqlen_q = 0, seqlen_k = 0;        // Tq, Tk; packed: total_q, total_k
+  std::int64_t num_heads_q = 0, num_heads_k = 0;  // Hq, Hkv
+  std::int64_t head_dim_qk = 0, head_dim_v = 0;   // Dk, Dv
+  std::int64_t block_size = 64;                   // l'
+  std::int64_t num_indices = 0;                   // S
   bool causal = true;
-  double softmax_scale = 0.0;                    // as given; 1 / sqrt(Dk) is the caller's default
-  const std::int32_t* cu_seqlens_q = nullptr;    // [B + 1]; both or neither
-  const std::int32_t* cu_seqlens_k = nullptr;    // [B + 1]
-  const std::int32_t* q_offsets = nullptr;       // [B], or null
-  bool has_q_offset = false;                     // q_offset counts (q_offsets null)
+  double softmax_scale = 0.0;                  // as given; 1 / sqrt(Dk) is the caller's default
+  const std::int32_t* cu_seqlens_q = nullptr;  // [B + 1]; both or neither
+  const std::int32_t* cu_seqlens_k = nullptr;  // [B + 1]
+  const std::int32_t* q_offsets = nullptr;     // [B], or null
+  bool has_q_offset = false;                   // q_offset counts (q_offsets null)
   std::int64_t q_offset = 0;
-  IndexTensor block_indices;                     // [B, Tq, Hkv, S]
-  IndexTensor block_counts;                      // [B, Tq, Hkv] int32; data null: see block_count
-  std::int64_t block_count = -1;                 // one count for every row; -1: S
+  IndexTensor block_indices;      // [B, Tq, Hkv, S]
+  IndexTensor block_counts;       // [B, Tq, Hkv] int32; data null: see block_count
+  std::int64_t block_count = -1;  // one count for every row; -1: S
 };
 
-// o = softmax(scale q k^T over the visible keys) v; lse = log sum exp of the scaled scores (natural log), -inf on dead rows.
+// o = softmax(scale q k^T over the visible keys) v; lse = log sum exp of the scaled scores (natural log), -inf on dead
+// rows.
 struct SelectedAttentionForward {
   SelectedAttentionProblem problem;
   Tensor q, k, v;
@@ -101,7 +103,8 @@ struct SelectedAttentionForward {
   int num_threads = 0;            // CPU; 0: OpenMP's default. Results don't depend on it.
 };
 
-// Gradients of q, k, v from dout = dL/do and dlse = dL/dlse. A null dq, dk, dv is skipped; dk and dv come as a pair or one alone.
+// Gradients of q, k, v from dout = dL/do and dlse = dL/dlse. A null dq, dk, dv is skipped; dk and dv come as a pair or
+// one alone.
 struct SelectedAttentionBackward {
   SelectedAttentionProblem problem;
   Tensor q, k, v, o, lse;
@@ -114,8 +117,8 @@ struct SelectedAttentionBackward {
   int num_threads = 0;
 };
 
-// Bytes of scratch that the call needs, 256-byte aligned. A function of sizes alone: no device memory is read, and tensor
-// pointers only count as null or not. 0 bytes is possible.
+// Bytes of scratch that the call needs, 256-byte aligned. A function of sizes alone: no device memory is read, and
+// tensor pointers only count as null or not. 0 bytes is possible.
 NSA_API Status selected_attention_workspace(const SelectedAttentionForward& args, std::size_t* bytes);
 NSA_API Status selected_attention_workspace(const SelectedAttentionBackward& args, std::size_t* bytes);
 
@@ -128,8 +131,8 @@ NSA_API Status selected_attention_kernel(const SelectedAttentionProblem& problem
 // What this build holds. Plain text, static storage.
 NSA_API const char* version();
 NSA_API bool built_with_cuda();
-NSA_API const char* cuda_architectures();   // "80-real;80-virtual", "" without CUDA
-NSA_API const char* cuda_toolkit();         // "13.0", "" without CUDA
+NSA_API const char* cuda_architectures();  // "80-real;80-virtual", "" without CUDA
+NSA_API const char* cuda_toolkit();        // "13.0", "" without CUDA
 NSA_API int num_compiled_kernels();
 NSA_API const char* compiled_kernel(int index);  // "sm80.selected_forward.bfloat16.128.128"
 
