@@ -46,9 +46,9 @@ struct QueryTileShape {
 
   // Consumer warps: as many as leave three stages, but never fewer than four. (One stage works, three hide the
   // latency.)
-  static int choose_warps(int shared_bytes, int step = 1) {
+  static int choose_warps(int shared_bytes) {
     int warps = kMaxWarps;
-    while (warps > 4 && num_stages(shared_bytes, warps) < 3) warps -= step;
+    while (warps > 4 && num_stages(shared_bytes, warps) < 3) --warps;
     return warps;
   }
 };

@@ -7,7 +7,7 @@ namespace nsa::sm80::selected_forward {
 
 // Registers a thread: Q Dk / 4 + O Dv / 2 + scores keys / 2 + about 45. They are counted per quarter of an SM, so warps
 // come in fours: 16 warps have 128 each, 12 have 168, 8 have 255.
-//   (64, 64)    16 + 32 + 32 + 45 = 125  -> 14 + 2 warps
+//   (64, 64)    16 + 32 + 32 + 45 = 125  -> 12 + 4 warps (with 14 + 2 the producers' longer masks spilled)
 //   (128, 128)  32 + 64 + 32 + 45 = 173  -> 10 + 2 warps
 //   (192, 128)  48 + 64 + 32 + 45 = 189  -> 6 + 2 warps
 //   (256, 256)  64 + 128 + 16 + 45 = 253 -> 6 + 2 warps, 32 keys a stage
