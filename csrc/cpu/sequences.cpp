@@ -34,9 +34,10 @@ std::int64_t position_of_first_query(const SelectedAttentionProblem& problem, st
 Sequences carve_sequences(const SelectedAttentionProblem& problem, Carver& carver) {
   const std::int64_t copies = is_packed(problem) ? 1 : problem.batch;
   Sequences s;
-  s.batch = problem.batch;
   s.total_q = copies * problem.seqlen_q;
   s.total_k = copies * problem.seqlen_k;
+  // Without rows any batch is valid, up to 2^63 - 1, and [B + 1] offsets would overflow the workspace's size.
+  s.batch = is_packed(problem) || s.total_q + s.total_k > 0 ? problem.batch : 0;
   s.num_blocks = is_packed(problem) ? problem.seqlen_k / problem.block_size + problem.batch
                                     : problem.batch * count_blocks(problem.seqlen_k, problem.block_size);
   s.q_begin = carver.take<std::int64_t>(s.batch + 1);
