@@ -83,11 +83,12 @@ const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat
 
 // Whether the Hopper kernel of an operation runs, where there is one. Times: 64K tokens, 64 / 4 heads, D 128, one H100.
 //
-// dK/dV: wgmma takes 11.0 ms, mma.sync 19.1. But wgmma multiplies 64 keys at a time, most of which a smaller block would
-// leave empty.
+// dK/dV: wgmma takes 11.0 ms, mma.sync 19.1. But wgmma multiplies 64 keys at a time, most of which a smaller block
+// would leave empty.
 //
-// Forward and dQ: wgmma wins where neighbouring queries agree (7.6 against 8.1 ms, 10.4 against 11.5) and loses where they
-// don't (18.7 against 15.9, 22.8 against 19.2). Which of the two it is lies in GPU memory, so the worst case decides.
+// Forward and dQ: wgmma wins where neighbouring queries agree (7.6 against 8.1 ms, 10.4 against 11.5) and loses where
+// they don't (18.7 against 15.9, 22.8 against 19.2). Which of the two it is lies in GPU memory, so the worst case
+// decides.
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
   if (operation == Operation::selected_dkdv) return p.block_size >= 64 && p.backend != Backend::kSm80;
   return p.backend == Backend::kSm90;
