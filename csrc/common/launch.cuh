@@ -23,4 +23,17 @@ Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, i
   return cuda_status(error, what);
 }
 
+// A kernel over query tiles (device/query_tile.cuh) with `warps` consumers: as many stages as fit, and a CTA per SM, or
+// per tile where those are fewer.
+template <typename Config, typename Args>
+Status launch_query_tiles(const char* what, void (*kernel)(Args, int, int, int), const Args& args, const Launch& device,
+                          int warps) {
+  const int stages = Config::num_stages(device.shared_memory, warps);
+  const int per_head = (args.plan.units.max_units + warps - 1) / warps;
+  const int tiles = per_head * args.num_heads_k;
+  return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms),
+                       32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps), device.stream, args,
+                       stages, warps, per_head);
+}
+
 }  // namespace nsa::cuda

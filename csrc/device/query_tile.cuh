@@ -91,10 +91,6 @@ struct Unit {
   }
 };
 
-inline int count_tiles_per_head(const cuda::Plan& plan, int warps) {
-  return (plan.units.max_units + warps - 1) / warps;
-}
-
 // One tile: a unit for each of its warps, of one kv head.
 struct QueryTile {
   int head;  // kv head

@@ -7,14 +7,8 @@ namespace nsa::sm80::selected_forward {
 
 template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
-  const int warps = Config::choose_warps(device.shared_memory);
-  const int stages = Config::num_stages(device.shared_memory, warps);
-  const int per_head = device::count_tiles_per_head(args.plan, warps);
-  const int tiles = per_head * args.num_heads_k;
-  return cuda::launch_kernel("selected attention forward", kernel<Config>,
-                             dim3(tiles < device.num_sms ? tiles : device.num_sms),
-                             32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps), device.stream,
-                             args, stages, warps, per_head);
+  return cuda::launch_query_tiles<Config>("selected attention forward", kernel<Config>, args, device,
+                                          Config::choose_warps(device.shared_memory));
 }
 
 }  // namespace nsa::sm80::selected_forward

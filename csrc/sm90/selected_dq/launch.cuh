@@ -7,13 +7,7 @@ namespace nsa::sm90::selected_dq {
 
 template <typename Config>
 Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
-  constexpr int warps = Config::kMaxWarps;
-  const int stages = Config::num_stages(device.shared_memory, warps);
-  const int per_head = device::count_tiles_per_head(args.plan, warps);
-  const int tiles = per_head * args.num_heads_k;
-  return cuda::launch_kernel("selected attention dq", kernel<Config>,
-                             dim3(tiles < device.num_sms ? tiles : device.num_sms), Config::kThreads,
-                             Config::shared_bytes(stages, warps), device.stream, args, stages, warps, per_head);
+  return cuda::launch_query_tiles<Config>("selected attention dq", kernel<Config>, args, device, Config::kMaxWarps);
 }
 
 }  // namespace nsa::sm90::selected_dq
