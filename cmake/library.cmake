@@ -12,6 +12,7 @@ add_library(nsa_cuda SHARED
   csrc/host/api.cpp
   csrc/host/build_info.cpp
   csrc/host/status.cpp
+  csrc/host/tensor_view.cpp
   csrc/host/validate_problem.cpp
   csrc/host/validate_tensors.cpp
   ${NSA_CPU_SOURCES})
