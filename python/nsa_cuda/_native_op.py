@@ -258,9 +258,7 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, *unused: Tensor | None) ->
     if dout is None or not any(needs):
         return *([None] * 8), *no_gradients
     saved = ctx.saved_tensors
-    gradients = native_sparse_attention_backward(
-        dout, *saved[:15], ctx.given, *saved[15:], *ctx.settings, needs
-    )
+    gradients = native_sparse_attention_backward(dout, *saved[:15], ctx.given, *saved[15:], *ctx.settings, needs)
     return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *no_gradients
 
 
