@@ -11,6 +11,7 @@ endif()
 add_library(nsa_cuda SHARED
   csrc/host/api.cpp
   csrc/host/build_info.cpp
+  csrc/host/gated_sum.cpp
   csrc/host/status.cpp
   csrc/host/tensor_view.cpp
   csrc/host/validate_problem.cpp

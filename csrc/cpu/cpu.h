@@ -31,4 +31,7 @@ std::size_t workspace_bytes(const SelectedAttentionBackward& args);
 void selected_attention(const SelectedAttentionForward& args);
 void selected_attention(const SelectedAttentionBackward& args);
 
+void gated_sum(const GatedSumForward& args);
+void gated_sum(const GatedSumBackward& args);
+
 }  // namespace nsa::cpu
