@@ -13,6 +13,7 @@ add_library(nsa_cuda SHARED
   csrc/host/missing_kernels.cpp
   csrc/host/problem.cpp
   csrc/host/build_info.cpp
+  csrc/host/gated_sum.cpp
   csrc/host/status.cpp
   csrc/host/tensor_view.cpp
   csrc/host/validate_problem.cpp

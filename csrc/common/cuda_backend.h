@@ -12,6 +12,9 @@ Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes
 Status selected_attention(const SelectedAttentionForward& args);
 Status selected_attention(const SelectedAttentionBackward& args);
 
+Status gated_sum(const GatedSumForward& args);
+Status gated_sum(const GatedSumBackward& args);
+
 // The forward kernel that the call would run; kNotSupported where there is none.
 Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes);
 

@@ -31,6 +31,9 @@ std::size_t workspace_bytes(const SelectedAttentionBackward& args);
 void selected_attention(const SelectedAttentionForward& args);
 void selected_attention(const SelectedAttentionBackward& args);
 
+void gated_sum(const GatedSumForward& args);
+void gated_sum(const GatedSumBackward& args);
+
 std::size_t workspace_bytes(const RangeAttentionForward& args);
 std::size_t workspace_bytes(const RangeAttentionBackward& args);
 void range_attention(const RangeAttentionForward& args);

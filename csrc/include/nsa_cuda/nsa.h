@@ -229,6 +229,52 @@ NSA_API Status range_attention(const RangeAttentionBackward& args);
 NSA_API Status block_selection_workspace(const BlockSelection& args, std::size_t* bytes);
 NSA_API Status select_blocks(const BlockSelection& args);
 
+// [B, T, H, 3], branches in the order (compressed, selected, window); any strides.
+struct GateTensor {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;  // of its own
+  std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0, branch_stride = 0;
+};
+
+// The three branches of NSA, gated and added up (eq. 5). Packed: batch = 1, rows = total_q.
+struct GatedSumProblem {
+  Device device = Device::kCpu;
+  Dtype dtype = Dtype::kFloat32;  // of o, its branches and their gradients; CUDA: bfloat16, float16
+  std::int64_t batch = 0;         // B
+  std::int64_t rows = 0;          // Tq
+  std::int64_t num_heads = 0;     // Hq
+  std::int64_t head_dim = 0;      // Dv; CUDA: a multiple of 8
+};
+
+// o = sum over branches c of g_c o_c, added in float32 (float64 for float64) and rounded once. An element of a branch
+// that is 0 adds 0, whatever its gate holds: so do the dead rows.
+struct GatedSumForward {
+  GatedSumProblem problem;
+  Tensor o_cmp, o_slc, o_win;  // [B, Tq, Hq, Dv]
+  GateTensor gates;
+  Tensor o;
+  cudaStream_t stream = nullptr;
+  int num_threads = 0;
+};
+
+// dgates_c = sum over Dv of dout o_c, and dbranch = g_branch dout, the gradient of one branch's output. Either may be
+// null: not wanted. (Attention's backward needs dbranch of one branch at a time: one buffer serves all three.)
+struct GatedSumBackward {
+  GatedSumProblem problem;
+  Tensor dout;
+  Tensor o_cmp, o_slc, o_win;  // read for dgates alone
+  GateTensor gates;            // read for dbranch alone
+  GateTensor dgates;
+  Tensor dbranch;
+  int branch = 0;  // 0 compressed, 1 selected, 2 window
+  cudaStream_t stream = nullptr;
+  int num_threads = 0;
+};
+
+// They need no workspace.
+NSA_API Status gated_sum(const GatedSumForward& args);
+NSA_API Status gated_sum(const GatedSumBackward& args);
+
 // What this build holds. Plain text, static storage.
 NSA_API const char* version();
 NSA_API bool built_with_cuda();
