@@ -7,7 +7,7 @@ was and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -286,7 +286,7 @@ def compression_input(x: Tensor, offsets: Tensor | None, num_heads: int, head_di
             raise ValueError(f"cu_seqlens: must be on x's device {x.device}, was on {offsets.device}")
 
 
-def backend(name: object, known: Iterable[str | None]) -> None:
+def backend(name: str | None, known: Collection[str | None]) -> None:
     """One of the known backends, or "reference"."""
     if name != "reference" and name not in known:
         allowed = ", ".join(repr(x) for x in (*known, "reference"))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nsa_cuda import _ops, _plain
 from nsa_cuda._checks import lse_dtype
+from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward, scale_gradient
 
 # Bits of `recompute`: the branches whose output backward computes again.
 RECOMPUTE_NONE, RECOMPUTE_WINDOW, RECOMPUTE_ALL = 0, 4, 7
@@ -164,15 +165,6 @@ def _list_shape(q: Tensor, k: Tensor, entries: int) -> tuple[int, ...]:
     return (*q.shape[:-2], k.shape[-2], entries)
 
 
-def _live_gates(gates: Tensor, lse: Sequence[Tensor]) -> Tensor:
-    """gates [.., Hq, 3] with zeros on the dead rows of each branch: whatever gates hold there, nothing is added."""
-    return gates.masked_fill(_dead(lse), 0.0)
-
-
-def _dead(lse: Sequence[Tensor]) -> Tensor:
-    return torch.stack([x == float("-inf") for x in lse], -1)
-
-
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     inputs, block_indices = _Inputs(*arguments[:8]), arguments[8]
     call = _Call(inputs, _Lists(*arguments[9:13]), _Settings(*arguments[13:]))
@@ -182,7 +174,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     o_slc, lse_slc = call.selected(block_indices if given else selected, given).forward(inputs.q)
     o_win, lse_win = call.window().forward(inputs.q)
     lse = (lse_cmp, lse_slc, lse_win)
-    o = _plain.gated_sum_forward(o_cmp, o_slc, o_win, _live_gates(inputs.gates, lse))
+    o = gated_sum_forward(o_cmp, o_slc, o_win, inputs.gates)
     kept = (x.new_empty(0) if call.settings.recompute & 1 << c else x for c, x in enumerate((o_cmp, o_slc, o_win)))
     return o, *kept, *lse, selected
 
@@ -200,40 +192,37 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """One branch after the other: one gradient of a branch output is alive, and with `recompute` one branch output."""
     inputs, outputs, lse = _Inputs(*arguments[:8]), arguments[8:11], arguments[11:14]
-    block_indices, given = arguments[14:16]
     call = _Call(inputs, _Lists(*arguments[16:20]), _Settings(*arguments[20:33]))
+    branches = call.branches(*arguments[14:16])
     need = dict(zip(_GRADIENTS, arguments[33], strict=True))
-    shared = inputs.k_win is None
-    key_names = (("k_cmp", "v_cmp"), ("k", "v"), ("k", "v") if shared else ("k_win", "v_win"))
-    q, gates = inputs.q, inputs.gates
-    live = _live_gates(gates, lse)
-    all_kept = not call.settings.recompute
+    keys = (("k_cmp", "v_cmp"), ("k", "v"), ("k", "v") if inputs.k_win is None else ("k_win", "v_win"))
+    one_by_one = call.settings.recompute == RECOMPUTE_ALL
+    if call.settings.recompute == RECOMPUTE_WINDOW:
+        outputs = (*outputs[:2], branches[2].forward(inputs.q)[0])
     found: dict[str, Tensor] = {}
-    columns = []
-    if need["gates"] and all_kept:
-        found["gates"] = _plain.gated_sum_backward(dout, *outputs, gates)
-    buffer: Tensor | None = None
-    for c, branch in enumerate(call.branches(block_indices, given)):
-        needs = [need["q"], *(need[name] for name in key_names[c])]
-        if not any(needs) and (all_kept or not need["gates"]):
+    dgates: list[Tensor] = []
+    for c, branch in enumerate(branches):
+        names = ("q", *keys[c])
+        needs = [need[name] for name in names]
+        wants_gates = need["gates"] and (one_by_one or c == 0)
+        if not any(needs) and not wants_gates:
             continue
-        o = branch.forward(q)[0] if call.settings.recompute & 1 << c else outputs[c]
-        if need["gates"] and not all_kept:
-            columns.append(_plain.gated_sum_backward(dout, o, o, o, gates)[..., c])
-        if not any(needs):
-            continue
-        buffer = torch.empty_like(dout, memory_format=torch.contiguous_format) if buffer is None else buffer
-        do = torch.mul(dout, live[..., c].unsqueeze(-1), out=buffer)
-        for name, needed, gradient in zip(("q", *key_names[c]), needs, branch.backward(q, o, lse[c], do, needs)):
-            if needed:
-                found[name] = found[name].add_(gradient) if name in found else gradient
-        del o
-    if columns:
-        found["gates"] = torch.stack(columns, -1)
-    if "gates" in found:
-        found["gates"].masked_fill_(_dead(lse), 0.0)
-    empty = q.new_empty(0)
-    return tuple(found.get(name, empty.new_empty(0)) for name in _GRADIENTS)
+        o = branch.forward(inputs.q)[0] if one_by_one else outputs[c]
+        if wants_gates:
+            # One by one only column c is this branch's.
+            columns, do = gated_sum_backward(dout, *((o, o, o) if one_by_one else outputs), inputs.gates, c)
+            dgates.append(columns[..., c] if one_by_one else columns)
+        else:
+            do = scale_gradient(dout, inputs.gates, c)
+        if any(needs):
+            gradients = branch.backward(inputs.q, o, lse[c], do, needs)
+            for name, needed, gradient in zip(names, needs, gradients, strict=True):
+                if needed:
+                    found[name] = found[name].add_(gradient) if name in found else gradient
+        del o, do
+    if dgates:
+        found["gates"] = torch.stack(dgates, -1) if one_by_one else dgates[0]
+    return tuple(found[name] if name in found else inputs.q.new_empty(0) for name in _GRADIENTS)
 
 
 def _fake_backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -107,12 +107,3 @@ def select_blocks(
     )
 
 
-def gated_sum_forward(o_cmp, o_slc, o_win, gates):
-    dtype = compute_dtype(o_cmp.dtype)
-    g = gates.to(dtype)
-    return sum(g[..., c, None] * o.to(dtype) for c, o in enumerate((o_cmp, o_slc, o_win))).to(o_cmp.dtype)
-
-
-def gated_sum_backward(dout, o_cmp, o_slc, o_win, gates):
-    dtype = compute_dtype(o_cmp.dtype)
-    return torch.stack([(dout.to(dtype) * o.to(dtype)).sum(-1) for o in (o_cmp, o_slc, o_win)], -1).to(gates.dtype)

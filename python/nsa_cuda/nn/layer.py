@@ -158,17 +158,19 @@ class NativeSparseAttention(Module):
     def reset_parameters(self) -> None:
         """New starting values for every parameter, also after `to_empty` from the meta device."""
         for module in self.children():
-            module.reset_parameters()
+            module.reset_parameters()  # type: ignore[operator]
         if self.gate_proj.bias is not None:
             torch.nn.init.zeros_(self.gate_proj.bias)
 
-    def _heads(self, name: str, x: Tensor, norm: Module | None = None) -> Tensor:
+    def _heads(self, name: str, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
         """[.., T, dim] -> [.., T, heads, D]."""
         projected: Tensor = getattr(self, name)(x)
         heads = self.num_heads if name == "q_proj" else self.num_kv_heads
-        rows = projected.unflatten(-1, (heads, -1))
-        # autocast takes norms to float32; what follows works in the projections' dtype.
-        return rows if norm is None else norm(rows).to(rows.dtype)
+        rows = projected.view(*projected.shape[:-1], heads, projected.shape[-1] // heads)
+        if norm is None:
+            return rows
+        # Under autocast the weight is float32 and the rows are not: the fused norm takes one dtype.
+        return torch.nn.functional.rms_norm(rows, norm.normalized_shape, norm.weight.to(rows.dtype), norm.eps)
 
     def _k_and_v(self, branch: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """k before RoPE."""
@@ -203,8 +205,8 @@ class NativeSparseAttention(Module):
 
     def gates(self, x: Tensor) -> Tensor:
         """[.., T, Hq, 3] in (0, 1), in the order (compressed, selected, window)."""
-        gates: Tensor = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (self.num_heads, 3))
-        return gates
+        gates: Tensor = torch.sigmoid(self.gate_proj(x))
+        return gates.view(*gates.shape[:-1], self.num_heads, 3)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """
