@@ -286,11 +286,15 @@ def compression_input(x: Tensor, offsets: Tensor | None, num_heads: int, head_di
             raise ValueError(f"cu_seqlens: must be on x's device {x.device}, was on {offsets.device}")
 
 
-def backend(name: str | None, known: Collection[str | None]) -> None:
-    """One of the known backends, or "reference"."""
+def backend(name: str | None, known: Collection[str | None], q: Tensor) -> None:
+    """One of the known backends, which run on cpu and cuda, or "reference"."""
     if name != "reference" and name not in known:
         allowed = ", ".join(repr(x) for x in (*known, "reference"))
         raise ValueError(f"backend: must be one of {allowed}, was {name!r}")
+    if name != "reference" and q.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"
+        )
 
 
 def same_heads(suffix: str, k_branch: Tensor, v_branch: Tensor, k: Tensor, v: Tensor) -> None:

@@ -20,15 +20,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_cuda import _ops, _plain
 from nsa_cuda._checks import lse_dtype
 from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward, scale_gradient
+from nsa_cuda._ops import selected_attention_backward, selected_attention_forward
+from nsa_cuda._range_ops import COMPRESSED, WINDOW, range_attention_backward, range_attention_forward, select_blocks
 
 # Bits of `recompute`: the branches whose output backward computes again.
 RECOMPUTE_NONE, RECOMPUTE_WINDOW, RECOMPUTE_ALL = 0, 4, 7
 # More than any position: this window holds every key that causality leaves.
 _EVERYTHING = 1 << 40
-_WINDOW, _COMPRESSED = 0, 1  # nsa::RangeMask
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor gates, Tensor k_cmp, Tensor v_cmp, Tensor? k_win, Tensor? v_win"
 _LISTS = "Tensor? block_counts, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offsets"
@@ -52,6 +52,10 @@ for _schema in (
 
 native_sparse_attention_forward = torch.ops.nsa_cuda.native_sparse_attention_forward.default
 native_sparse_attention_backward = torch.ops.nsa_cuda.native_sparse_attention_backward.default
+
+
+_RANGE = range_attention_forward, range_attention_backward
+_SELECTED = selected_attention_forward, selected_attention_backward
 
 
 class _Lists(NamedTuple):
@@ -124,25 +128,22 @@ class _Call:
         return self.lists.cu_seqlens_k is None and s.topk * s.block_size >= x.k.shape[1]
 
     def compressed(self) -> _Branch:
-        operators = (_plain.range_attention_forward, _plain.range_attention_backward)
-        return _Branch(self.inputs.k_cmp, self.inputs.v_cmp, operators, self._range(_COMPRESSED, 0))
+        return _Branch(self.inputs.k_cmp, self.inputs.v_cmp, _RANGE, self._range(COMPRESSED, 0))
 
     def window(self) -> _Branch:
         x = self.inputs
         k, v = (x.k, x.v) if x.k_win is None or x.v_win is None else (x.k_win, x.v_win)
-        operators = (_plain.range_attention_forward, _plain.range_attention_backward)
-        return _Branch(k, v, operators, self._range(_WINDOW, self.settings.window_size))
+        return _Branch(k, v, _RANGE, self._range(WINDOW, self.settings.window_size))
 
     def selected(self, block_indices: Tensor, given: bool) -> _Branch:
         """Without lists of the caller's where every block would be chosen: all keys, which costs no lists."""
         x, s, lists = self.inputs, self.settings, self.lists
         if not given and self.every_block_is_selected():
-            operators = (_plain.range_attention_forward, _plain.range_attention_backward)
-            return _Branch(x.k, x.v, operators, self._range(_WINDOW, _EVERYTHING))
+            return _Branch(x.k, x.v, _RANGE, self._range(WINDOW, _EVERYTHING))
         counts, count = (lists.block_counts, s.block_count) if given else (None, None)
         positions = (lists.cu_seqlens_q, lists.cu_seqlens_k, lists.q_offsets, s.q_offset)
         problem = (block_indices, counts, *positions, count, s.block_size, s.causal, s.softmax_scale, s.backend)
-        return _Branch(x.k, x.v, (_ops.selected_attention_forward, _ops.selected_attention_backward), problem)
+        return _Branch(x.k, x.v, _SELECTED, problem)
 
     def select(self, lse: Tensor) -> Tensor:
         """int32 [.., Hkv, n]; empty lists where nobody reads them."""
@@ -150,10 +151,11 @@ class _Call:
         if self.every_block_is_selected():
             return x.q.new_full(_list_shape(x.q, x.k, s.topk), -1, dtype=torch.int32)
         tokens = 0 if lists.cu_seqlens_k is not None else x.k.shape[1]
-        blocks: Tensor = _plain.select_blocks(
-            x.q, x.k_cmp, lse, lists.cu_seqlens_q, lists.cu_seqlens_k, lists.q_offsets, s.q_offset, s.kernel_size,
-            s.kernel_stride, tokens, s.causal, s.softmax_scale, s.backend, s.block_size, s.topk, s.init_blocks,
-            s.local_blocks,
+        positions = (lists.cu_seqlens_q, lists.cu_seqlens_k, lists.q_offsets, s.q_offset)
+        selection = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+        blocks: Tensor = select_blocks(
+            x.q, x.k_cmp, lse, *positions, s.kernel_size, s.kernel_stride, tokens, s.causal, s.softmax_scale,
+            s.backend, *selection,
         )  # fmt: skip
         return blocks
 
