@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import nsa_cuda
 import torch
 from inputs import Inputs
 from nsa_cuda import reference
@@ -181,9 +180,7 @@ def _differentiate(made: Inputs, leaves: list[Tensor], o: Tensor, lse: Tensor | 
 def run(made: Inputs, backend: str | None) -> Results:
     """The operation and its gradients through the public function. lse is missing unless the case wants it."""
     leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
-    out = made.function(nsa_cuda)(
-        *leaves, *made.lists, return_lse=made.case.lse, backend=backend, **made.options, **made.hints
-    )
+    out = made.attend(leaves, backend, return_lse=made.case.lse, **made.hints)
     o, lse = out if made.case.lse else (out, None)
     found = {"o": o.detach(), **_differentiate(made, leaves, o, lse)}
     if lse is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import nsa_cuda
 import torch
 from cases import Case
 from nsa_cuda import compressed_cu_seqlens
@@ -44,6 +46,10 @@ class Inputs:
 
     def function(self, module: Any) -> Any:
         return getattr(module, self.operation)
+
+    def attend(self, leaves: Sequence[Tensor], backend: str | None, **options: Any) -> Any:
+        """The public function on other q, k, v."""
+        return self.function(nsa_cuda)(*leaves, *self.lists, backend=backend, **{**self.options, **options})
 
     def key_offsets(self) -> Tensor | None:
         """Where the rows of k of each sequence begin, [B + 1]; None: batched."""
@@ -202,6 +208,10 @@ def _counts(case: Case, shape: tuple[int, ...], gen: torch.Generator) -> Any:
 
 
 def make(case: Case, target: Target) -> Inputs:
+    if case.operation != "selected_attention":
+        from range_inputs import make as make_range
+
+        return make_range(case, target)
     gen = generator(case.name)
     lead_q: tuple[int, ...] = (case.B, case.Tq)
     lead_k: tuple[int, ...] = (case.B, case.Tk)
