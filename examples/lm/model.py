@@ -23,6 +23,10 @@ class ModelConfig:
     topk: int = 8  # n, blocks a query selects
     window_size: int = 64  # w
     rotary_dim: int | None = None  # dims of a head that RoPE turns; None: all
+    compression: str = "mlp"  # phi, of a kind that nsa_cuda.nn.NativeSparseAttention names
+    # Standard deviation of the output projections of attention and of the head; the MLP's starts at zero. Zero makes
+    # the first loss 8 bits and a high learning rate safe; recall, which has to discover that copying pays, needs 0.05.
+    start: float = 0.0
 
 
 def rope(x: Tensor, positions: Tensor, rotary_dim: int | None, base: float = 10000.0) -> Tensor:
@@ -67,11 +71,12 @@ def sparse_attention(config: ModelConfig) -> nsa_cuda.nn.NativeSparseAttention:
 
     Norms keep the scores small while the learning rate is high.
     """
+    options = {"hidden_dim": config.head_dim} if config.compression == "mlp" else None
     return nsa_cuda.nn.NativeSparseAttention(
         config.width, config.heads, config.kv_heads, head_dim=config.head_dim, kernel_size=config.kernel_size,
         kernel_stride=config.kernel_stride, block_size=config.block_size, topk=config.topk,
         window_size=config.window_size, rotary_dim=config.rotary_dim, shared_kv=True, qk_norm=True,
-        compression_options={"hidden_dim": config.head_dim},
+        compression=config.compression, compression_options=options,
     )  # fmt: skip
 
 
@@ -125,11 +130,10 @@ class ByteModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Branches and the head start at zero: the first loss is 8 bits and a high learning rate is safe."""
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.head.weight, std=self.config.start)
         for layer in self._layers():
             nn.init.zeros_(layer.down.weight)
-            nn.init.zeros_(layer.attention.o_proj.weight)
+            nn.init.normal_(layer.attention.o_proj.weight, std=self.config.start)
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]

@@ -57,3 +57,21 @@ def plot_selection(blocks: Tensor, block_size: int, path: Path) -> None:
     figure.suptitle("Blocks selected in the last layer, one held-out window")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def plot_recall(shares: dict[str, list[list[float]]], lengths: list[int], path: Path) -> None:
+    """Heat maps of the share of needles found, {name: [length][depth]}: a panel per model, depth downwards."""
+    figure, panels = pyplot.subplots(1, len(shares), figsize=(4.2 * len(shares) + 1, 4.8), layout="constrained")
+    image = None
+    for (name, found), axes in zip(shares.items(), panels, strict=True):
+        depths = len(found[0])
+        image = axes.imshow(torch.tensor(found).T, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
+        axes.set(xlabel="length, bytes", ylabel="depth of the needle", title=name)
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(depths), [f"{d / (depths - 1):.0%}" for d in range(depths)])
+        for x, column in enumerate(found):
+            for y, share in enumerate(column):
+                axes.text(x, y, f"{share:.0%}", ha="center", va="center", fontsize=8)
+    figure.colorbar(image, ax=list(panels), label="needles found")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

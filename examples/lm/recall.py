@@ -1,7 +1,7 @@
 """Recall over a long context: a key and its value are hidden in a text, and the end of the text asks for the key.
 
-The text is real (bytes below 128). A needle is three bytes, (needle mark, key, value), a question two, (question
-mark, key); the byte after a question is the value. Marks, keys and values are bytes from 128 on, so that a needle
+The text is real (bytes below 128). A needle says its value four times, (needle mark, key, value, key, value, ...), a
+question is two bytes, (question mark, key); the byte after a question is the value. Marks, keys and values are bytes from 128 on, so that a needle
 is never part of the text, and every text holds several needles: finding one is not enough, the keys must agree.
 """
 
@@ -20,7 +20,8 @@ from .train import autocast
 NEEDLE, QUESTION = 128, 129
 KEYS = torch.arange(130, 194)
 VALUES = torch.arange(194, 256)
-NEEDLE_BYTES = 3
+REPEATS = 4
+NEEDLE_BYTES, QUESTION_BYTES = 1 + 2 * REPEATS, 3  # with the answer
 
 
 @dataclass(frozen=True)
@@ -37,28 +38,30 @@ class Texts:
         return self.source[starts + torch.arange(length)].long().clamp_max(127)
 
     def needles(self, count: int, number: int) -> Tensor:
-        """int64 [count, number, 3]; the keys of a text are all different."""
+        """int64 [count, number, NEEDLE_BYTES]; the keys of a text are all different."""
         keys = KEYS[torch.rand(count, len(KEYS), generator=self.generator).argsort(-1)[:, :number]]
         values = VALUES[torch.randint(len(VALUES), (count, number), generator=self.generator)]
         marks = torch.full_like(keys, NEEDLE)
-        return torch.stack((marks, keys, values), -1)
+        return torch.stack((marks, *(keys, values) * REPEATS), -1)
 
-    def training(self, count: int, length: int, needles: int, questions: int) -> tuple[Tensor, Tensor]:
+    def training(self, count: int, length: int) -> tuple[Tensor, Tensor]:
         """Texts int64 [count, length] that end with questions and answers, and where the answers stand, [questions]."""
-        tail = questions * NEEDLE_BYTES
+        needles = min(len(KEYS), length // 20)
+        questions = min(16, needles)
+        tail = questions * QUESTION_BYTES
         text = self.plain(count, length - tail)
         hidden = self.needles(count, needles)
         slots = text.shape[1] // NEEDLE_BYTES  # needles stand in slots, so that none covers another
         places = torch.rand(count, slots, generator=self.generator).argsort(-1)[:, :needles]
         _hide(text, hidden, places * NEEDLE_BYTES)
-        asked = hidden[:, torch.randperm(needles, generator=self.generator)[:questions]].clone()
+        asked = hidden[:, torch.randperm(needles, generator=self.generator)[:questions], :QUESTION_BYTES].clone()
         asked[..., 0] = QUESTION
-        answers = length - tail + NEEDLE_BYTES * torch.arange(1, questions + 1) - 1
+        answers = length - tail + QUESTION_BYTES * torch.arange(1, questions + 1) - 1
         return torch.cat((text, asked.flatten(1)), 1).to(self.device), answers.to(self.device)
 
     def test(self, count: int, length: int, depth: float, others: int) -> tuple[Tensor, Tensor]:
         """Texts [count, length] that end with one question, whose needle stands at a depth in [0, 1]; and answers."""
-        text = self.plain(count, length - NEEDLE_BYTES + 1)
+        text = self.plain(count, length - QUESTION_BYTES + 1)
         hidden = self.needles(count, 1 + others)
         slots = text.shape[1] // NEEDLE_BYTES
         own = round(depth * (slots - 1))
@@ -71,18 +74,9 @@ class Texts:
 
 
 def _hide(text: Tensor, needles: Tensor, places: Tensor) -> None:
-    """Writes needles [count, number, 3] into text [count, length] from places [count, number] on."""
+    """Writes needles [count, number, NEEDLE_BYTES] into text [count, length] from places [count, number] on."""
     positions = places.unsqueeze(-1) + torch.arange(NEEDLE_BYTES)
     text.scatter_(1, positions.flatten(1), needles.flatten(1))
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum: texts of one length."""
-
-    length: int
-    batch: int
-    steps: int
 
 
 @dataclass
