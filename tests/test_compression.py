@@ -140,3 +140,29 @@ def test_refused_inputs():
         made(torch.zeros(1, 9, 2, DIM))
     with pytest.raises(TypeError, match=r"cu_seqlens: dtype must be int32, was torch\.int64"):
         made(torch.zeros(9, HKV, DIM), torch.tensor([0, 9]))
+
+
+@MODULE
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_backward_keeps_each_token_once(module: type[torch.nn.Module], packed: bool):
+    """A window shares all but d tokens with the next: keeping windows would keep l / d = 4 copies."""
+    T, l, d = 4096, 32, 8
+    made = module(HKV, DIM, kernel_size=l, kernel_stride=d, position_embedding=True)
+    x = torch.randn(*(() if packed else (1,)), T, HKV, DIM, requires_grad=True)
+    offsets = torch.tensor([0, 1000, 1010, T - 5], dtype=torch.int32) if packed else None
+    sizes: dict[int, int] = {}
+
+    def pack(y: Tensor) -> Tensor:
+        # What has the size of a token's share of a tensor, not of a weight's.
+        if y.numel() >= T // d and not isinstance(y, torch.nn.Parameter):
+            sizes[y.untyped_storage().data_ptr()] = y.untyped_storage().nbytes()
+        return y
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+        keep = made(x * 1.0, offsets)
+    del keep
+    tokens, row = 4 * x.numel(), 4 * HKV * DIM * (T // d)
+    weights = 4 * sum(p.numel() for p in made.parameters())
+    hidden = 2 * 4 * row if module is nn.MLPCompression else 0  # before and after GELU, 4 D units a row
+    positions = 8 * T + 40 * (T // d) if packed else 0  # where a segment's tokens are
+    assert sum(sizes.values()) <= tokens + hidden + positions + 2 * weights

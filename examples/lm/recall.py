@@ -1,8 +1,9 @@
 """Recall over a long context: a key and its value are hidden in a text, and the end of the text asks for the key.
 
 The text is real (bytes below 128). A needle says its value four times, (needle mark, key, value, key, value, ...), a
-question is two bytes, (question mark, key); the byte after a question is the value. Marks, keys and values are bytes from 128 on, so that a needle
-is never part of the text, and every text holds several needles: finding one is not enough, the keys must agree.
+question is two bytes, (question mark, key); the byte after a question is the value. Marks, keys and values are bytes
+from 128 on, so that a needle is never part of the text, and every text holds several needles: finding one is not
+enough, the keys must agree.
 """
 
 from __future__ import annotations

@@ -304,3 +304,9 @@ def same_heads(suffix: str, k_branch: Tensor, v_branch: Tensor, k: Tensor, v: Te
             raise ValueError(
                 f"{name}{suffix}: {letters} must be {name}'s {list(y.shape[-2:])}, were {list(x.shape[-2:])}"
             )
+
+
+def recompute(value: object) -> None:
+    """Which branch outputs of native_sparse_attention the backward computes again."""
+    if value not in (False, True, "window"):
+        raise ValueError(f'recompute: must be False, "window" or True, was {value!r}')

@@ -76,8 +76,7 @@ def native_sparse_attention(
     attention keeps (q, k, v, o, lse), 1.56 times with "window" and 0.63 times with True; beside the result o, which
     dense attention keeps anyway and here only the layer behind it may keep, 2.50, 2.03 and 1.09 times.
     """
-    if recompute not in _RECOMPUTE:
-        raise ValueError(f'recompute: must be False, "window" or True, was {recompute!r}')
+    _checks.recompute(recompute)
     q, k, v, k_cmp, v_cmp, k_win, v_win = autocast(q, k, v, k_cmp, v_cmp, k_win, v_win)
     packed = _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _checks.backend(backend, _ops.BACKENDS, q)

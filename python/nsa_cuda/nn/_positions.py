@@ -32,22 +32,21 @@ def _restarting(offsets: Tensor, number: int) -> Tensor:
     return Rows.of(offsets, number).index
 
 
-def rotation(positions: Tensor, dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, 1, dim / 2] in float32 of position times base^(-2i / dim)."""
+def rotation(positions: Tensor, dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, 1, dim / 2] of position times base^(-2i / dim); float64 for float64 `dtype`, else float32."""
     # The angle in float64: in float32 a position of one million is off by 0.06 radians.
     exponent = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / -dim
     angles = positions.to(torch.float64).view(-1, 1, 1) * torch.pow(base, exponent)
-    return angles.cos().float(), angles.sin().float()
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles.cos().to(exact), angles.sin().to(exact)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [.., T, H, D] with element i < r / 2 of its first r dims turned together with element i + r / 2.
 
-    cos and sin are `rotation`'s [T, 1, r / 2]; r <= D. Computed in float32 (float64 for float64), rounded once.
+    cos and sin are `rotation`'s [T, 1, r / 2]; r <= D. Computed in their dtype and rounded once.
     """
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    if x.dtype == torch.float64:
-        cos, sin = cos.double(), sin.double()
     turned = ((a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype))
     return torch.cat((*turned, rest) if rest.shape[-1] else turned, -1)

@@ -127,6 +127,7 @@ class NativeSparseAttention(Module):
             raise ValueError(
                 f"rotary_dim: must be even and from 0 to head_dim = {self.head_dim}, was {self.rotary_dim}"
             )
+        _checks.recompute(recompute)
         if compression not in _COMPRESSIONS:
             raise ValueError(f"compression: must be one of {', '.join(_COMPRESSIONS)}, was {compression!r}")
         self.kernel_size, self.kernel_stride, self.block_size = kernel_size, kernel_stride, block_size
@@ -183,7 +184,7 @@ class NativeSparseAttention(Module):
         if self.rotary_base is None or self.rotary_dim == 0:
             turn = turn_compressed = _unchanged
         else:
-            tokens = rotation(token_positions(x, cu_seqlens), self.rotary_dim, self.rotary_base)
+            tokens = rotation(token_positions(x, cu_seqlens), self.rotary_dim, self.rotary_base, x.dtype)
 
             def turn(rows: Tensor) -> Tensor:
                 return rotate(rows, *tokens)
@@ -191,7 +192,7 @@ class NativeSparseAttention(Module):
             def turn_compressed(rows: Tensor) -> Tensor:
                 assert self.rotary_base is not None
                 at = compressed_positions(rows, cu_seqlens, total, self.kernel_size, self.kernel_stride)
-                return rotate(rows, *rotation(at, self.rotary_dim, self.rotary_base))
+                return rotate(rows, *rotation(at, self.rotary_dim, self.rotary_base, x.dtype))
 
         q = turn(self._heads("q_proj", x, self.q_norm))
         if self.shared_kv:
