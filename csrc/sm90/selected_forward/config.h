@@ -13,8 +13,8 @@ template <typename Element_, int kDk, int kDv>
 struct Config : device::QueryTileShape<kDk, kDv, 64, kDv == 256 ? 8 : 12, 4, 32 * kDk, device::BoxTile<kDk, 64>,
                                        device::BoxTile<kDv, 64>> {
   using Element = Element_;
-  static constexpr int kConsumerRegisters = kDv == 256 ? 216 : 152;
-  static constexpr int kProducerRegisters = kDv == 256 ? 72 : 56;
+  static constexpr int kConsumerRegisters = kDv == 256 ? 216 : 144;
+  static constexpr int kProducerRegisters = kDv == 256 ? 72 : 80;
 };
 
 }  // namespace nsa::sm90::selected_forward
