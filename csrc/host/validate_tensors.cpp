@@ -1,6 +1,7 @@
 #include <cinttypes>
 #include <limits>
 
+#include "host/problem.h"
 #include "host/tensor_view.h"
 #include "host/validate.h"
 
@@ -12,8 +13,7 @@ constexpr int kMaxThreads = 4096;  // past this OpenMP's own failure would end t
 // What the tensors of one call have in common.
 class Shapes {
  public:
-  explicit Shapes(const SelectedAttentionProblem& problem)
-      : problem_(problem), batch_(problem.cu_seqlens_q ? 1 : problem.batch) {}
+  explicit Shapes(const Problem& problem) : problem_(problem), batch_(problem.copies()) {}
 
   View q(const char* name, const Tensor& tensor, Access access) const {
     return make(name, tensor, problem_.seqlen_q, problem_.num_heads_q, problem_.head_dim_qk, access);
@@ -40,7 +40,7 @@ class Shapes {
             access};
   }
 
-  const SelectedAttentionProblem& problem_;
+  Problem problem_;
   std::int64_t batch_;
 };
 
@@ -71,18 +71,9 @@ Status check_lists(const SelectedAttentionProblem& problem) {
   return check_index_reach("block_counts", problem.block_counts, batch, problem.seqlen_q, problem.num_heads_k, 1);
 }
 
-}  // namespace
-
-Status validate_num_threads(int num_threads) {
-  if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
-  return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
-}
-
-Status validate(const SelectedAttentionForward& args) {
-  NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
-  NSA_RETURN_IF_ERROR(check_lists(args.problem));
-  const Shapes shapes(args.problem);
+template <typename Forward>
+Status check_forward(const Forward& args) {
+  const Shapes shapes(common_part(args.problem));
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
@@ -91,11 +82,9 @@ Status validate(const SelectedAttentionForward& args) {
   return check_view(shapes.lse("lse", args.lse, Access::kWritten));
 }
 
-Status validate(const SelectedAttentionBackward& args) {
-  NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
-  NSA_RETURN_IF_ERROR(check_lists(args.problem));
-  const Shapes shapes(args.problem);
+template <typename Backward>
+Status check_backward(const Backward& args) {
+  const Shapes shapes(common_part(args.problem));
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
@@ -109,10 +98,60 @@ Status validate(const SelectedAttentionBackward& args) {
   return {};
 }
 
+}  // namespace
+
+Status validate_num_threads(int num_threads) {
+  if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
+  return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
+}
+
+Status validate(const SelectedAttentionForward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  return check_forward(args);
+}
+
+Status validate(const SelectedAttentionBackward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  return check_backward(args);
+}
+
+Status validate(const RangeAttentionForward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  return check_forward(args);
+}
+
+Status validate(const RangeAttentionBackward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  return check_backward(args);
+}
+
+Status validate(const BlockSelection& args) {
+  NSA_RETURN_IF_ERROR(validate_sizes(args));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  const Problem problem = common_part(args.problem);
+  const Shapes shapes(problem);
+  NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.lse("lse", args.lse, Access::kRead)));
+  if (problem.copies() * problem.seqlen_q == 0) return {};
+  if (args.block_indices == nullptr) {
+    return invalid_argument("block_indices is null; allowed is the address of its [%" PRId64 ", %" PRId64 ", %" PRId64
+                            ", %" PRId64 "] entries",
+                            problem.copies(), problem.seqlen_q, problem.num_heads_k, args.topk);
+  }
+  return check_aligned("block_indices", args.block_indices, sizeof(std::int32_t));
+}
+
 Status validate_workspace(Device device, const void* workspace, std::size_t given_bytes, std::size_t needed_bytes) {
   if (given_bytes < needed_bytes) {
-    return invalid_argument("workspace_bytes is %zu; this call needs %zu (selected_attention_workspace tells)",
-                            given_bytes, needed_bytes);
+    return invalid_argument("workspace_bytes is %zu; this call needs %zu (the workspace query tells)", given_bytes,
+                            needed_bytes);
   }
   if (needed_bytes == 0) return {};
   if (workspace == nullptr) return invalid_argument("workspace is null; this call needs %zu bytes", needed_bytes);
