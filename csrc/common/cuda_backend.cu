@@ -7,6 +7,8 @@
 #include <cstdio>
 
 #include "common/instances.h"
+#include "sm90/selected_dq/config.h"
+#include "sm90/selected_forward/config.h"
 
 namespace nsa::cuda {
 
@@ -132,6 +134,33 @@ Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operati
 // Of the kernel whose tiles of query rows the plan is for.
 int unit_alignment(const Instance& kernel) { return kernel.family == Backend::kSm90 ? 4 : 1; }
 
+// The tile whose unions a kernel reads; 0 warps: it walks the lists itself.
+TileSize union_tile(const Instance& kernel) {
+  if (kernel.family != Backend::kSm90) return {0, 0};
+  if (kernel.operation == Operation::selected_forward) return sm90::selected_forward::tile_size(kernel.dv);
+  return sm90::selected_dq::tile_size(kernel.dk);
+}
+
+struct TilePlan {
+  Plan plan;
+  TileUnions unions;
+};
+
+// kernel: whose tiles the plan is for.
+TilePlan carve_tiles(const SelectedAttentionProblem& p, const Instance& kernel, Carver& carver) {
+  TilePlan tiles = {carve_plan(p, carver, unit_alignment(kernel)), {}};
+  const TileSize size = union_tile(kernel);
+  if (size.warps) tiles.unions = carve_unions(p, tiles.plan, size, carver);
+  return tiles;
+}
+
+Status make_tiles(const SelectedAttentionProblem& p, const Plan& plan, const TileUnions& unions, cudaStream_t stream) {
+  Status status = make_plan(p, plan, stream);
+  if (!status.ok() || !unions.warps || plan.total_q == 0) return status;
+  return make_unions(plan, unions, static_cast<int>(p.num_heads_k), static_cast<int>(p.num_heads_q / p.num_heads_k),
+                     stream);
+}
+
 Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
   const int64_t rows = plan.total_q * (p.num_heads_q / p.num_heads_k);
   if (rows < INT_MAX - 65536) return {};
@@ -153,11 +182,14 @@ struct BackwardPieces {
 
 bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
 
-BackwardPieces carve_backward(const SelectedAttentionBackward& args, Carver& carver, int alignment = 1) {
+// dq: the kernel of dQ.
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance& dq, Carver& carver) {
   const SelectedAttentionProblem& p = args.problem;
   BackwardPieces pieces = {};
   BackwardArgs& a = pieces.device;
-  a.plan = carve_plan(p, carver, alignment);
+  const TilePlan tiles = carve_tiles(p, dq, carver);
+  a.plan = tiles.plan;
+  a.unions = tiles.unions;
   a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
   if (wants_keys(args)) {
     a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
@@ -185,15 +217,25 @@ Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const Bac
 }  // namespace
 
 Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes) {
+  Gpu gpu;
+  Status status = query_gpu(args.stream, &gpu);
+  const Instance* kernel = nullptr;
+  if (status.ok()) status = find(args.problem, gpu, Operation::selected_forward, &kernel);
+  if (!status.ok()) return status;
   Carver carver(nullptr);
-  carve_plan(args.problem, carver);
+  carve_tiles(args.problem, *kernel, carver);
   *bytes = carver.used();
   return {};
 }
 
 Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes) {
+  Gpu gpu;
+  Status status = query_gpu(args.stream, &gpu);
+  const Instance* dq = nullptr;
+  if (status.ok()) status = find(args.problem, gpu, Operation::selected_dq, &dq);
+  if (!status.ok()) return status;
   Carver carver(nullptr);
-  carve_backward(args, carver);
+  carve_backward(args, *dq, carver);
   *bytes = carver.used();
   return {};
 }
@@ -207,10 +249,12 @@ Status selected_attention(const SelectedAttentionForward& args) {
   Carver carver(args.workspace);
   ForwardArgs a = {};
   if (!status.ok()) return status;
-  a.plan = carve_plan(p, carver, unit_alignment(*kernel));
+  const TilePlan tiles = carve_tiles(p, *kernel, carver);
+  a.plan = tiles.plan;
+  a.unions = tiles.unions;
   status = check_rows(p, a.plan);
   if (!status.ok() || a.plan.total_q == 0) return status;
-  status = make_plan(p, a.plan, args.stream);
+  status = make_tiles(p, a.plan, a.unions, args.stream);
   if (!status.ok()) return status;
   a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
   a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
@@ -232,7 +276,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   if (status.ok()) status = find(p, gpu, Operation::selected_dq, &dq);
   if (!status.ok()) return status;
   Carver carver(args.workspace);
-  BackwardPieces pieces = carve_backward(args, carver, unit_alignment(*dq));
+  BackwardPieces pieces = carve_backward(args, *dq, carver);
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
   if (!status.ok()) return status;
@@ -247,7 +291,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
   a.scale = static_cast<float>(p.softmax_scale);
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
-  status = make_plan(p, a.plan, args.stream);
+  status = make_tiles(p, a.plan, a.unions, args.stream);
   if (status.ok() && a.plan.total_q > 0) {
     status = make_row_stats(p.dtype, args, a.plan, const_cast<RowStats*>(a.stats), args.stream);
   }

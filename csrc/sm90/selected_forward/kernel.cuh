@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
     if (warp > warps) return;
-    device::TmaProducer<Config>{a.plan, a.k, a.v, maps, a.num_heads_k, a.group, warps, tiles_per_head, lane}.run(ring);
+    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, a.num_heads_k, lane}.run(ring);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, ring, warps, tiles_per_head, warp, lane);
