@@ -131,14 +131,19 @@ Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operati
                      family, held[0] ? held : "none");
 }
 
-// Of the kernel whose tiles of query rows the plan is for.
-int unit_alignment(const Instance& kernel) { return kernel.family == Backend::kSm90 ? 4 : 1; }
+// For sizes. Null where the call will fail: it says why.
+const Instance* find_if_possible(const SelectedAttentionProblem& p, Operation operation) {
+  Gpu gpu;
+  const Instance* kernel = nullptr;
+  if (query_gpu(nullptr, &gpu).ok()) find(p, gpu, operation, &kernel);
+  return kernel;
+}
 
 // The tile whose unions a kernel reads; 0 warps: it walks the lists itself.
-TileSize union_tile(const Instance& kernel) {
-  if (kernel.family != Backend::kSm90) return {0, 0};
-  if (kernel.operation == Operation::selected_forward) return sm90::selected_forward::tile_size(kernel.dv);
-  return sm90::selected_dq::tile_size(kernel.dk);
+TileSize union_tile(const Instance* kernel) {
+  if (!kernel || kernel->family != Backend::kSm90) return {0, 0};
+  if (kernel->operation == Operation::selected_forward) return sm90::selected_forward::tile_size(kernel->dv);
+  return sm90::selected_dq::tile_size(kernel->dk);
 }
 
 struct TilePlan {
@@ -147,9 +152,9 @@ struct TilePlan {
 };
 
 // kernel: whose tiles the plan is for.
-TilePlan carve_tiles(const SelectedAttentionProblem& p, const Instance& kernel, Carver& carver) {
-  TilePlan tiles = {carve_plan(p, carver, unit_alignment(kernel)), {}};
+TilePlan carve_tiles(const SelectedAttentionProblem& p, const Instance* kernel, Carver& carver) {
   const TileSize size = union_tile(kernel);
+  TilePlan tiles = {carve_plan(p, carver, size.warps ? 4 : 1), {}};  // wgmma multiplies four units
   if (size.warps) tiles.unions = carve_unions(p, tiles.plan, size, carver);
   return tiles;
 }
@@ -183,7 +188,7 @@ struct BackwardPieces {
 bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
 
 // dq: the kernel of dQ.
-BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance& dq, Carver& carver) {
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance* dq, Carver& carver) {
   const SelectedAttentionProblem& p = args.problem;
   BackwardPieces pieces = {};
   BackwardArgs& a = pieces.device;
@@ -217,25 +222,15 @@ Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const Bac
 }  // namespace
 
 Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes) {
-  Gpu gpu;
-  Status status = query_gpu(args.stream, &gpu);
-  const Instance* kernel = nullptr;
-  if (status.ok()) status = find(args.problem, gpu, Operation::selected_forward, &kernel);
-  if (!status.ok()) return status;
   Carver carver(nullptr);
-  carve_tiles(args.problem, *kernel, carver);
+  carve_tiles(args.problem, find_if_possible(args.problem, Operation::selected_forward), carver);
   *bytes = carver.used();
   return {};
 }
 
 Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes) {
-  Gpu gpu;
-  Status status = query_gpu(args.stream, &gpu);
-  const Instance* dq = nullptr;
-  if (status.ok()) status = find(args.problem, gpu, Operation::selected_dq, &dq);
-  if (!status.ok()) return status;
   Carver carver(nullptr);
-  carve_backward(args, *dq, carver);
+  carve_backward(args, find_if_possible(args.problem, Operation::selected_dq), carver);
   *bytes = carver.used();
   return {};
 }
@@ -249,7 +244,7 @@ Status selected_attention(const SelectedAttentionForward& args) {
   Carver carver(args.workspace);
   ForwardArgs a = {};
   if (!status.ok()) return status;
-  const TilePlan tiles = carve_tiles(p, *kernel, carver);
+  const TilePlan tiles = carve_tiles(p, kernel, carver);
   a.plan = tiles.plan;
   a.unions = tiles.unions;
   status = check_rows(p, a.plan);
@@ -276,7 +271,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   if (status.ok()) status = find(p, gpu, Operation::selected_dq, &dq);
   if (!status.ok()) return status;
   Carver carver(args.workspace);
-  BackwardPieces pieces = carve_backward(args, *dq, carver);
+  BackwardPieces pieces = carve_backward(args, dq, carver);
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
   if (!status.ok()) return status;
