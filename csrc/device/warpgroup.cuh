@@ -45,14 +45,22 @@ __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg&
   }
 }
 
+// A descriptor that ptxas knows to be the same in all lanes: steps along the operand are then additions to a uniform
+// register, where they took ten instructions each.
+__device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared, uint32_t leading = 16) {
+  return matrix_descriptor(__shfl_sync(kFullWarp, shared, 0), leading);
+}
+// `bytes` further; the address counts 16 bytes and stays below 256 KiB.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+
 // acc[64 x 64 rows of b] = a b^T, both BoxTiles of 64 columns a box; a of 64 rows.
 template <typename Element, int kDim, int kRows>
 __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uint32_t a, uint32_t b) {
+  const uint64_t from_a = uniform_descriptor(a), from_b = uniform_descriptor(b);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
-    Wgmma<Element, kRows>::rows(acc, matrix_descriptor(a + step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
-                                matrix_descriptor(b + step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32),
-                                step > 0);
+    Wgmma<Element, kRows>::rows(acc, advance(from_a, step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
+                                advance(from_b, step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32), step > 0);
   }
 }
 
@@ -60,9 +68,10 @@ __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uin
 template <typename Element, int kRows, int kColumns>
 __device__ __forceinline__ void start_columns(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4],
                                               uint32_t b) {
+  const uint64_t from_b = uniform_descriptor(b, kRows * 128);
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
-    Wgmma<Element, kColumns>::columns(acc, a[step], matrix_descriptor(b + step * 16 * 128, kRows * 128));
+    Wgmma<Element, kColumns>::columns(acc, a[step], advance(from_b, step * 16 * 128));
   }
 }
 
