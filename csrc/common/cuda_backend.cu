@@ -83,17 +83,14 @@ Status query_gpu(cudaStream_t stream, Gpu* gpu) {
 
 const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
 
-// Whether the Hopper kernel of an operation runs, where there is one. Times: 64K tokens, 64 / 4 heads, D 128, one H100.
-//
-// dK/dV: wgmma takes 11.0 ms, mma.sync 19.1. But wgmma multiplies 64 keys at a time, most of which a smaller block
-// would leave empty.
-//
-// Forward and dQ: wgmma wins where neighbouring queries agree (7.6 against 8.1 ms, 10.4 against 11.5) and loses where
-// they don't (18.7 against 15.9, 22.8 against 19.2). Which of the two it is lies in GPU memory, so the worst case
-// decides.
+// Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
+// smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
+//   forward  clustered 6.4 : 8.1, uniform 16.0 : 15.9   (neighbours that agree, and that don't)
+//   dQ       clustered 8.6 : 11.5, uniform 18.0 : 19.2
+//   dK/dV    11.0 : 19.1
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
-  if (operation == Operation::selected_dkdv) return p.block_size >= 64 && p.backend != Backend::kSm80;
-  return p.backend == Backend::kSm90;
+  if (p.block_size >= 64) return p.backend != Backend::kSm80;
+  return p.backend == Backend::kSm90 && operation != Operation::selected_dkdv;
 }
 
 Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {

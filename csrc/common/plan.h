@@ -53,9 +53,9 @@ struct Plan {
 // walking it there took 1500 cycles a stage, a third more than the loads. One entry for each part of a block (at most
 // `part` keys), in ascending order.
 struct TileUnions {
-  int32_t* entries;     // [Hkv * tiles_per_head, capacity, words]: {k row of the first key, keys, flags, members...}
-  int32_t* counts;      // [Hkv * tiles_per_head]; 0: the tile has no rows
-  int warps;            // units a tile
+  int32_t* entries;  // [Hkv * tiles_per_head, capacity, words]: {k row of the first key, keys, flags, members...}
+  int32_t* counts;   // [Hkv * tiles_per_head]; 0: the tile has no rows
+  int warps;         // units a tile
   int tiles_per_head;
   int part;             // keys
   int capacity, words;  // entries a tile, 32-bit words an entry

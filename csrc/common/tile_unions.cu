@@ -1,5 +1,5 @@
-// The unions of the query tiles' lists: one warp a tile. 64 warps an SM hide the walk's latency, which a kernel's single
-// producer warp can't.
+// The unions of the query tiles' lists: one warp a tile. 64 warps an SM hide the walk's latency, which a kernel's
+// single producer warp can't.
 #include <cuda_runtime.h>
 
 #include "device/tile_union.cuh"
@@ -36,8 +36,7 @@ __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions
       do {
         const int valid = min(block.y - done, unions.part), key = block.x + done;
         const bool any = valid > 0 && mine != 0;
-        const bool all =
-            mine == unit.everybody() && valid == unions.part && key + unions.part - 1 <= unit.last_key;
+        const bool all = mine == unit.everybody() && valid == unions.part && key + unions.part - 1 <= unit.last_key;
         const unsigned any_bits = __ballot_sync(kFullWarp, any) & device::StageFlags::kAny;
         const unsigned all_bits = __ballot_sync(kFullWarp, all) & device::StageFlags::kAny;
         int word = __shfl_sync(kFullWarp, valid > 0 ? static_cast<int>(members) : 0, lane - 3);

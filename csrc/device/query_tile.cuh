@@ -287,8 +287,8 @@ struct Visibility {
     __syncwarp();
   }
 
-  // False where the warp sees nothing of the stage that `info` describes; the same answer in all lanes. Most stages of a
-  // tile are another warp's.
+  // False where the warp sees nothing of the stage that `info` describes; the same answer in all lanes. Most stages of
+  // a tile are another warp's.
   __device__ __forceinline__ bool read(uint32_t info, int block_size) {
     const int2 place[2] = {load_shared_pair(places), load_shared_pair(places + 64)};
     if (block_size >= Shape::kKeys) {

@@ -1,5 +1,5 @@
-// The producer of the Hopper kernels over query tiles: one warp reads the union of a tile's lists (cuda::TileUnions) and
-// loads each block by TMA into a ring of stages.
+// The producer of the Hopper kernels over query tiles: one warp reads the union of a tile's lists (cuda::TileUnions)
+// and loads each block by TMA into a ring of stages.
 #pragma once
 
 #include "common/tensor_map.h"

@@ -64,8 +64,7 @@ struct Pass {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      if (row.real)
-        device::store_row<Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
+      if (row.real) device::store_row<Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
     }
   }
 
