@@ -14,4 +14,9 @@ namespace nsa::cuda {
 Status make_tensor_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int box_rows,
                        CUtensorMap* map);
 
+// Of K and V.
+struct KeyMaps {
+  CUtensorMap k, v;
+};
+
 }  // namespace nsa::cuda
