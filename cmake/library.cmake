@@ -10,9 +10,14 @@ endif()
 
 add_library(nsa_cuda SHARED
   csrc/host/api.cpp
+  csrc/host/missing_kernels.cpp
+  csrc/host/problem.cpp
   csrc/host/build_info.cpp
+  csrc/host/gated_sum.cpp
   csrc/host/status.cpp
+  csrc/host/tensor_view.cpp
   csrc/host/validate_problem.cpp
+  csrc/host/validate_range.cpp
   csrc/host/validate_tensors.cpp
   ${NSA_CPU_SOURCES})
 add_library(nsa_cuda::nsa_cuda ALIAS nsa_cuda)

@@ -10,52 +10,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-namespace py = pybind11;
+#include "values.h"
 
+namespace nsa_binding {
 namespace {
-
-using Address = std::uintptr_t;
-// (address, batch_stride, row_stride, head_stride); address 0: absent
-using TensorTuple = std::tuple<Address, std::int64_t, std::int64_t, std::int64_t>;
-// (address, is_int64, batch_stride, row_stride, head_stride, entry_stride)
-using IndicesTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-// (address, is_int64, batch_stride, row_stride, head_stride)
-using CountsTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t>;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-nsa::Tensor make_tensor(const TensorTuple& tuple) {
-  const auto& [address, batch_stride, row_stride, head_stride] = tuple;
-  return {pointer<void>(address), batch_stride, row_stride, head_stride};
-}
-
-// Queries only look whether a tensor is there.
-nsa::Tensor present_if(bool wanted) {
-  static char somewhere;
-  nsa::Tensor tensor;
-  tensor.data = wanted ? &somewhere : nullptr;
-  return tensor;
-}
-
-nsa::IndexType index_type(bool is_int64) { return is_int64 ? nsa::IndexType::kInt64 : nsa::IndexType::kInt32; }
-
-void raise_unless_ok(const nsa::Status& status) {
-  switch (status.code) {
-    case nsa::StatusCode::kOk:
-      return;
-    case nsa::StatusCode::kInvalidArgument:
-      throw py::value_error(status.message);
-    case nsa::StatusCode::kNotSupported:
-      PyErr_SetString(PyExc_NotImplementedError, status.message);
-      throw py::error_already_set();
-    case nsa::StatusCode::kCudaError:
-      break;
-  }
-  throw std::runtime_error(status.message);
-}
 
 nsa::SelectedAttentionProblem make_problem(int device, int backend, int dtype, std::int64_t batch,
                                            std::int64_t seqlen_q, std::int64_t seqlen_k, std::int64_t num_heads_q,
@@ -185,7 +143,10 @@ std::vector<std::string> compiled_kernels() {
 
 }  // namespace
 
+}  // namespace nsa_binding
+
 PYBIND11_MODULE(_C, module) {
+  using namespace nsa_binding;
   py::class_<nsa::SelectedAttentionProblem>(module, "Problem").def(py::init(&make_problem));
   // On the CPU every thread has scratch of its own: the call that follows may use as many threads as were named here.
   module.def("forward_workspace", &forward_workspace, py::arg(), py::arg(), py::arg("num_threads") = 0);
@@ -193,6 +154,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_threads") = 0);
   module.def("forward", &forward);
   module.def("backward", &backward);
+  bind_gated_sum(module);
   module.def("kernel_name", &kernel_name);
   module.def("version", &nsa::version);
   module.def("built_with_cuda", &nsa::built_with_cuda);

@@ -20,6 +20,11 @@ struct TensorArg {
     const int batch = row / rows_per_batch;
     return batch * batch_bytes + (row - batch * rows_per_batch) * row_bytes;
   }
+  __device__ __forceinline__ int2 batch_and_row(int row) const {
+    if (row < rows_per_batch) return {0, row};
+    const int batch = row / rows_per_batch;
+    return {batch, row - batch * rows_per_batch};
+  }
   __device__ __forceinline__ char* at(int row, int head) const { return data + row_offset(row) + head * head_bytes; }
 #endif
 };

@@ -31,4 +31,15 @@ std::size_t workspace_bytes(const SelectedAttentionBackward& args);
 void selected_attention(const SelectedAttentionForward& args);
 void selected_attention(const SelectedAttentionBackward& args);
 
+void gated_sum(const GatedSumForward& args);
+void gated_sum(const GatedSumBackward& args);
+
+std::size_t workspace_bytes(const RangeAttentionForward& args);
+std::size_t workspace_bytes(const RangeAttentionBackward& args);
+void range_attention(const RangeAttentionForward& args);
+void range_attention(const RangeAttentionBackward& args);
+
+std::size_t workspace_bytes(const BlockSelection& args);
+void select_blocks(const BlockSelection& args);
+
 }  // namespace nsa::cpu

@@ -101,6 +101,33 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
   }
 }
 
+#if __CUDA_ARCH__ >= 900
+// TMA. A full barrier of a stage: one arrival by the producer, and the bytes it expects.
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, unsigned bytes) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+
+// A box of a tensor (common/tensor_map.h) into shared memory, by one thread; the bytes count towards the barrier.
+__device__ __forceinline__ void copy_box_async(uint32_t shared, const void* map, uint32_t barrier, int column, int row,
+                                               int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+#endif
+
 // Four 8x8 matrices of 16-bit elements; lane 8 i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void load_matrix(uint32_t (&m)[4], uint32_t shared) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

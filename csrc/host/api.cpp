@@ -13,6 +13,11 @@
 namespace nsa {
 namespace {
 
+template <typename Arguments>
+Status validate_sizes(const Arguments& args) {
+  return validate(args.problem);
+}
+
 // The backend's size for arguments that passed validation.
 template <typename Arguments>
 Status workspace_of_backend(const Arguments& args, std::size_t* bytes) {
@@ -23,14 +28,28 @@ Status workspace_of_backend(const Arguments& args, std::size_t* bytes) {
   return {};
 }
 
+// What each operation is called in a backend.
+#ifdef NSA_WITH_CUDA
+Status run_on_cuda(const SelectedAttentionForward& args) { return cuda::selected_attention(args); }
+Status run_on_cuda(const SelectedAttentionBackward& args) { return cuda::selected_attention(args); }
+Status run_on_cuda(const RangeAttentionForward& args) { return cuda::range_attention(args); }
+Status run_on_cuda(const RangeAttentionBackward& args) { return cuda::range_attention(args); }
+Status run_on_cuda(const BlockSelection& args) { return cuda::select_blocks(args); }
+#endif
+void run_on_cpu(const SelectedAttentionForward& args) { cpu::selected_attention(args); }
+void run_on_cpu(const SelectedAttentionBackward& args) { cpu::selected_attention(args); }
+void run_on_cpu(const RangeAttentionForward& args) { cpu::range_attention(args); }
+void run_on_cpu(const RangeAttentionBackward& args) { cpu::range_attention(args); }
+void run_on_cpu(const BlockSelection& args) { cpu::select_blocks(args); }
+
 template <typename Arguments>
 Status run_on_backend(const Arguments& args) {
 #ifdef NSA_WITH_CUDA
-  if (args.problem.device == Device::kCuda) return cuda::selected_attention(args);
+  if (args.problem.device == Device::kCuda) return run_on_cuda(args);
 #endif
   // OpenMP or the standard library may throw (no memory for a thread's stack); the API doesn't.
   try {
-    cpu::selected_attention(args);
+    run_on_cpu(args);
   } catch (const std::exception& error) {
     return not_supported("the CPU backend failed: %s", error.what());
   }
@@ -41,7 +60,7 @@ template <typename Arguments>
 Status query_workspace(const Arguments& args, std::size_t* bytes) {
   if (bytes == nullptr) return invalid_argument("bytes is null; allowed is the address of the result");
   *bytes = 0;
-  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_sizes(args));
   NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
   return workspace_of_backend(args, bytes);
 }
@@ -68,6 +87,24 @@ Status selected_attention_workspace(const SelectedAttentionBackward& args, std::
 Status selected_attention(const SelectedAttentionForward& args) { return check_and_run(args); }
 
 Status selected_attention(const SelectedAttentionBackward& args) { return check_and_run(args); }
+
+Status range_attention_workspace(const RangeAttentionForward& args, std::size_t* bytes) {
+  return query_workspace(args, bytes);
+}
+
+Status range_attention_workspace(const RangeAttentionBackward& args, std::size_t* bytes) {
+  return query_workspace(args, bytes);
+}
+
+Status range_attention(const RangeAttentionForward& args) { return check_and_run(args); }
+
+Status range_attention(const RangeAttentionBackward& args) { return check_and_run(args); }
+
+Status block_selection_workspace(const BlockSelection& args, std::size_t* bytes) {
+  return query_workspace(args, bytes);
+}
+
+Status select_blocks(const BlockSelection& args) { return check_and_run(args); }
 
 Status selected_attention_kernel(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes) {
   if (name == nullptr) return invalid_argument("name is null; allowed is the address of name_bytes characters");

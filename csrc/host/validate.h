@@ -15,11 +15,16 @@ struct Rows {
 Rows total_rows(const SelectedAttentionProblem& problem);
 
 Status validate(const SelectedAttentionProblem& problem);
+Status validate(const RangeAttentionProblem& problem);
+Status validate_sizes(const BlockSelection& args);  // all of it but the tensors
 
 // The problem, the pointers and strides of every tensor and num_threads; the workspace apart, since its size is the
 // backend's.
 Status validate(const SelectedAttentionForward& args);
 Status validate(const SelectedAttentionBackward& args);
+Status validate(const RangeAttentionForward& args);
+Status validate(const RangeAttentionBackward& args);
+Status validate(const BlockSelection& args);
 
 Status validate_num_threads(int num_threads);
 

@@ -1,79 +1,19 @@
 #include <cinttypes>
 #include <limits>
 
+#include "host/problem.h"
+#include "host/tensor_view.h"
 #include "host/validate.h"
 
 namespace nsa {
 namespace {
 
-constexpr std::int64_t kCudaAlignment = 16;  // bytes: one cp.async, and the unit of a TMA stride
-constexpr int kMaxThreads = 4096;            // past this OpenMP's own failure would end the process
-
-enum class Access { kRead, kWritten };
-
-// One tensor of a call as the checks see it: [batch, rows, heads, dim], packed: batch = 1. lse, dlse: dim = 1.
-struct View {
-  const char* name;
-  const Tensor& tensor;
-  std::int64_t batch, rows, heads, dim;
-  std::int64_t element_bytes;
-  std::int64_t alignment;  // bytes, of the data and of the strides
-  Access access;
-};
-
-Status check_stride(const View& view, const char* stride_name, std::int64_t stride, std::int64_t size) {
-  if (size <= 1) return {};
-  if (stride % (view.alignment / view.element_bytes) != 0) {
-    return invalid_argument("%s.%s is %" PRId64 " elements; allowed is a multiple of %" PRId64 " (%" PRId64 " bytes)",
-                            view.name, stride_name, stride, view.alignment / view.element_bytes, view.alignment);
-  }
-  // dim is contiguous, so a shorter stride would put two elements of a result on one address.
-  if (view.access == Access::kWritten && stride < view.dim && stride > -view.dim) {
-    return invalid_argument("%s.%s is %" PRId64 " elements; %s is written, so %" PRId64 " or more are allowed",
-                            view.name, stride_name, stride, view.name, view.dim);
-  }
-  return {};
-}
-
-// Adds the reach of one dimension, (size - 1) * |stride| elements; false past 64 bits.
-bool add_reach(std::int64_t size, std::int64_t stride, std::int64_t* reach) {
-  if (size <= 1) return true;
-  std::int64_t step;
-  if (__builtin_mul_overflow(size - 1, stride, &step) || step == std::numeric_limits<std::int64_t>::min()) return false;
-  return !__builtin_add_overflow(*reach, step < 0 ? -step : step, reach);
-}
-
-Status check_view(const View& view) {
-  if (view.batch == 0 || view.rows == 0) return {};
-  if (view.tensor.data == nullptr) {
-    return invalid_argument("%s is null; allowed is the address of its [%" PRId64 ", %" PRId64 ", %" PRId64 ", %" PRId64
-                            "] elements",
-                            view.name, view.batch, view.rows, view.heads, view.dim);
-  }
-  if (reinterpret_cast<std::uintptr_t>(view.tensor.data) % static_cast<std::uintptr_t>(view.alignment) != 0) {
-    return invalid_argument("%s is %p; allowed is a multiple of %" PRId64 " bytes", view.name, view.tensor.data,
-                            view.alignment);
-  }
-  NSA_RETURN_IF_ERROR(check_stride(view, "batch_stride", view.tensor.batch_stride, view.batch));
-  NSA_RETURN_IF_ERROR(check_stride(view, "row_stride", view.tensor.row_stride, view.rows));
-  NSA_RETURN_IF_ERROR(check_stride(view, "head_stride", view.tensor.head_stride, view.heads));
-  std::int64_t reach = view.dim, bytes;
-  if (!add_reach(view.batch, view.tensor.batch_stride, &reach) ||
-      !add_reach(view.rows, view.tensor.row_stride, &reach) ||
-      !add_reach(view.heads, view.tensor.head_stride, &reach) ||
-      __builtin_mul_overflow(reach, view.element_bytes, &bytes)) {
-    return invalid_argument("%s has strides (%" PRId64 ", %" PRId64 ", %" PRId64
-                            ") that lead past 2^63 bytes; allowed are strides inside one buffer",
-                            view.name, view.tensor.batch_stride, view.tensor.row_stride, view.tensor.head_stride);
-  }
-  return {};
-}
+constexpr int kMaxThreads = 4096;  // past this OpenMP's own failure would end the process
 
 // What the tensors of one call have in common.
 class Shapes {
  public:
-  explicit Shapes(const SelectedAttentionProblem& problem)
-      : problem_(problem), batch_(problem.cu_seqlens_q ? 1 : problem.batch) {}
+  explicit Shapes(const Problem& problem) : problem_(problem), batch_(problem.copies()) {}
 
   View q(const char* name, const Tensor& tensor, Access access) const {
     return make(name, tensor, problem_.seqlen_q, problem_.num_heads_q, problem_.head_dim_qk, access);
@@ -100,7 +40,7 @@ class Shapes {
             access};
   }
 
-  const SelectedAttentionProblem& problem_;
+  Problem problem_;
   std::int64_t batch_;
 };
 
@@ -131,18 +71,9 @@ Status check_lists(const SelectedAttentionProblem& problem) {
   return check_index_reach("block_counts", problem.block_counts, batch, problem.seqlen_q, problem.num_heads_k, 1);
 }
 
-}  // namespace
-
-Status validate_num_threads(int num_threads) {
-  if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
-  return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
-}
-
-Status validate(const SelectedAttentionForward& args) {
-  NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
-  NSA_RETURN_IF_ERROR(check_lists(args.problem));
-  const Shapes shapes(args.problem);
+template <typename Forward>
+Status check_forward(const Forward& args) {
+  const Shapes shapes(common_part(args.problem));
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
@@ -151,11 +82,9 @@ Status validate(const SelectedAttentionForward& args) {
   return check_view(shapes.lse("lse", args.lse, Access::kWritten));
 }
 
-Status validate(const SelectedAttentionBackward& args) {
-  NSA_RETURN_IF_ERROR(validate(args.problem));
-  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
-  NSA_RETURN_IF_ERROR(check_lists(args.problem));
-  const Shapes shapes(args.problem);
+template <typename Backward>
+Status check_backward(const Backward& args) {
+  const Shapes shapes(common_part(args.problem));
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
@@ -169,10 +98,60 @@ Status validate(const SelectedAttentionBackward& args) {
   return {};
 }
 
+}  // namespace
+
+Status validate_num_threads(int num_threads) {
+  if (num_threads >= 0 && num_threads <= kMaxThreads) return {};
+  return invalid_argument("num_threads is %d; allowed is 1 to %d, or 0 for OpenMP's default", num_threads, kMaxThreads);
+}
+
+Status validate(const SelectedAttentionForward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  return check_forward(args);
+}
+
+Status validate(const SelectedAttentionBackward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  NSA_RETURN_IF_ERROR(check_lists(args.problem));
+  return check_backward(args);
+}
+
+Status validate(const RangeAttentionForward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  return check_forward(args);
+}
+
+Status validate(const RangeAttentionBackward& args) {
+  NSA_RETURN_IF_ERROR(validate(args.problem));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  return check_backward(args);
+}
+
+Status validate(const BlockSelection& args) {
+  NSA_RETURN_IF_ERROR(validate_sizes(args));
+  NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
+  const Problem problem = common_part(args.problem);
+  const Shapes shapes(problem);
+  NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.lse("lse", args.lse, Access::kRead)));
+  if (problem.copies() * problem.seqlen_q == 0) return {};
+  if (args.block_indices == nullptr) {
+    return invalid_argument("block_indices is null; allowed is the address of its [%" PRId64 ", %" PRId64 ", %" PRId64
+                            ", %" PRId64 "] entries",
+                            problem.copies(), problem.seqlen_q, problem.num_heads_k, args.topk);
+  }
+  return check_aligned("block_indices", args.block_indices, sizeof(std::int32_t));
+}
+
 Status validate_workspace(Device device, const void* workspace, std::size_t given_bytes, std::size_t needed_bytes) {
   if (given_bytes < needed_bytes) {
-    return invalid_argument("workspace_bytes is %zu; this call needs %zu (selected_attention_workspace tells)",
-                            given_bytes, needed_bytes);
+    return invalid_argument("workspace_bytes is %zu; this call needs %zu (the workspace query tells)", given_bytes,
+                            needed_bytes);
   }
   if (needed_bytes == 0) return {};
   if (workspace == nullptr) return invalid_argument("workspace is null; this call needs %zu bytes", needed_bytes);

@@ -70,6 +70,35 @@ def backward(
     num_threads: int,
     /,
 ) -> None: ...
+
+GatesTuple = tuple[int, int, int, int, int, int]  # address, nsa::Dtype, batch, row, head and branch stride
+GatedSizesTuple = tuple[int, int, int, int, int, int]  # nsa::Device, nsa::Dtype, B, Tq, Hq, Dv
+
+def gated_sum_forward(
+    sizes: GatedSizesTuple,
+    o_cmp: TensorTuple,
+    o_slc: TensorTuple,
+    o_win: TensorTuple,
+    gates: GatesTuple,
+    o: TensorTuple,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def gated_sum_backward(
+    sizes: GatedSizesTuple,
+    dout: TensorTuple,
+    o_cmp: TensorTuple,
+    o_slc: TensorTuple,
+    o_win: TensorTuple,
+    gates: GatesTuple,
+    dgates: GatesTuple,
+    dbranch: TensorTuple,
+    branch: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def kernel_name(problem: Problem, /) -> str: ...
 def version() -> str: ...
 def built_with_cuda() -> bool: ...
