@@ -179,6 +179,7 @@ RangePlan carve_range_plan(const RangeAttentionProblem& p, const RangeTiles& til
   plan.total_q = static_cast<int>(packed ? p.seqlen_q : p.batch * p.seqlen_q);
   plan.total_k = static_cast<int>(packed ? p.seqlen_k : p.batch * p.seqlen_k);
   plan.run_k = static_cast<int>(p.seqlen_k);
+  plan.run_keys = static_cast<int>(range_keys(p));
   plan.keys = carver.take<int2>(plan.total_q);
   plan.queries = carver.take<int2>(plan.total_k);
   plan.units = make_units(packed, p.batch, p.seqlen_q, p.num_heads_q / p.num_heads_k, tiles.query_units, carver);
@@ -205,7 +206,7 @@ Status make_range_plan(const RangeAttentionProblem& p, const RangePlan& plan, cu
   a.compressed = p.mask == RangeMask::kCompressed;
   a.batch = static_cast<int>(p.batch);
   a.seqlen_q = static_cast<int>(p.seqlen_q);
-  a.seqlen_k = static_cast<int>(range_keys(p));
+  a.seqlen_k = plan.run_keys;
   a.num_tokens = static_cast<int>(a.compressed ? p.num_tokens : p.seqlen_k);
   const auto clamp_int = [](int64_t x) { return static_cast<int>(x < INT_MAX ? x : INT_MAX); };
   a.kernel_size = clamp_int(p.kernel_size);

@@ -27,9 +27,8 @@ struct OnlineSoftmax {
 
   // Scores -> P = exp2(scores * scale_log2 - max2), following the maximum; O is rescaled where it moved.
   // Where sees says so, a score counts as -inf.
-  template <typename Shape, int kColumns>
-  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Visibility<Shape>& sees, float scale_log2,
-                                         int lane) {
+  template <typename Sees, int kColumns>
+  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Sees& sees, float scale_log2, int lane) {
     if (!(scale_log2 > 0.f)) {  // the maximum of the scaled scores isn't the scaled maximum: scale first
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -90,15 +89,20 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      float total = sum[r];
-      total += __shfl_xor_sync(kFullWarp, total, 1);
-      total += __shfl_xor_sync(kFullWarp, total, 2);
-      if (!row.real) continue;
-      store_row<Element, kDv>(a.o.at(row.token, row.head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
-      if (a.lse.data && (lane & 3) == 0) {
-        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) =
-            total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
-      }
+      store_one<Element>(a, r, row.real, row.token, row.head, lane);
+    }
+  }
+
+  // Writes one of a lane's two rows.
+  template <typename Element, typename Args>
+  __device__ __forceinline__ void store_one(const Args& a, int r, bool real, int token, int head, int lane) const {
+    float total = sum[r];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    if (!real) return;
+    store_row<Element, kDv>(a.o.at(token, head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
+    if (a.lse.data && (lane & 3) == 0) {
+      *reinterpret_cast<float*>(a.lse.at(token, head)) = total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
     }
   }
 };
