@@ -7,7 +7,8 @@ if(NOT pybind11_FOUND)
   find_package(pybind11 2.12 CONFIG REQUIRED)
 endif()
 
-pybind11_add_module(_C MODULE csrc/binding/module.cpp csrc/binding/gated_sum.cpp)
+pybind11_add_module(_C MODULE csrc/binding/module.cpp csrc/binding/gated_sum.cpp
+  csrc/binding/range_attention.cpp)
 target_link_libraries(_C PRIVATE nsa_cuda)
 set_target_properties(_C PROPERTIES
   BUILD_RPATH "\$ORIGIN"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from inputs import Inputs
-from nsa_cuda import reference, selected_attention
+from nsa_cuda import reference
 from targets import Target
 from torch import Tensor
 
@@ -157,8 +157,9 @@ def key_blocks(made: Inputs) -> Tensor:
     """int64 [Tk] or [total_k]: the block of every key row, numbered through the sequences."""
     block_size, total = made.case.block_size, made.k.shape[made.k.dim() - 3]
     rows = torch.arange(total)
-    if "cu_seqlens_k" in made.options:
-        bounds = made.options["cu_seqlens_k"].cpu().long()
+    offsets = made.key_offsets()
+    if offsets is not None:
+        bounds = offsets.cpu().long()
         sequence = torch.searchsorted(bounds, rows, right=True) - 1
         start = bounds[sequence.clamp_min(0)]
         ids = sequence * (total // block_size + 1) + (rows - start) // block_size
@@ -179,9 +180,7 @@ def _differentiate(made: Inputs, leaves: list[Tensor], o: Tensor, lse: Tensor | 
 def run(made: Inputs, backend: str | None) -> Results:
     """The operation and its gradients through the public function. lse is missing unless the case wants it."""
     leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
-    out = selected_attention(
-        *leaves, made.block_indices, return_lse=made.case.lse, backend=backend, **made.options, **made.hints
-    )
+    out = made.attend(leaves, backend, return_lse=made.case.lse, **made.hints)
     o, lse = out if made.case.lse else (out, None)
     found = {"o": o.detach(), **_differentiate(made, leaves, o, lse)}
     if lse is not None:
@@ -192,18 +191,17 @@ def run(made: Inputs, backend: str | None) -> Results:
 def oracle(made: Inputs) -> Results:
     """nsa_cuda.reference in float64."""
     leaves = [x.detach().double().requires_grad_() for x in (made.q, made.k, made.v)]
-    o, lse = reference.selected_attention(*leaves, made.block_indices, return_lse=True, **made.options)
+    o, lse = made.function(reference)(*leaves, *made.lists, return_lse=True, **made.options)
     return {"o": o.detach(), "lse": lse.detach(), **_differentiate(made, leaves, o, lse if made.case.lse else None)}
 
 
 def baseline(made: Inputs) -> Results:
     """What an ideal kernel of this dtype returns."""
     q, k, v = made.q.detach(), made.k.detach(), made.v.detach()
-    o, lse = reference.baseline.selected_attention(q, k, v, made.block_indices, **made.options)
+    o, lse = made.function(reference.baseline)(q, k, v, *made.lists, **made.options)
     dlse = made.dlse if made.case.lse else None
-    dq, dk, dv = reference.baseline.selected_attention_backward(
-        q, k, v, made.block_indices, o, lse, made.dout, dlse, **made.options
-    )
+    differentiate = getattr(reference.baseline, f"{made.operation}_backward")
+    dq, dk, dv = differentiate(q, k, v, *made.lists, o, lse, made.dout, dlse, **made.options)
     return {"o": o, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 

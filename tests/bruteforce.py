@@ -1,5 +1,5 @@
-"""Selected attention straight from the text of the specification: Python loops for who sees whom, explicit formulas in
-float64 for the rest. Slow, and it shares nothing with nsa_cuda.reference, which it checks.
+"""The attention operations straight from the text of the specification: Python loops for who sees whom, explicit
+formulas in float64 for the rest. Slow, and it shares nothing with nsa_cuda.reference, which it checks.
 """
 
 from __future__ import annotations
@@ -14,35 +14,70 @@ if TYPE_CHECKING:
     from inputs import Inputs
 
 
-def _rows(made: Inputs) -> list[tuple[int, int, int, int]]:
-    """(flat query row, position p, first key row, Tk) for every row inside a sequence; flat rows count b * Tq + t."""
+Span = tuple[int, int, int, int, int]  # first row of q, Tq, first row of k, rows of k, Tk in tokens
+
+
+def _spans(made: Inputs) -> list[Span]:
+    """The sequences of a call; rows are counted over the whole tensors, flat ones b * T + t."""
     q, k, options = made.q, made.k, made.options
-    if "cu_seqlens_q" in options:
-        bounds_q, bounds_k = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
-        spans = [
-            (bounds_q[b], bounds_q[b + 1] - bounds_q[b], bounds_k[b], bounds_k[b + 1] - bounds_k[b])
-            for b in range(len(bounds_q) - 1)
-        ]
-    else:
-        spans = [(b * q.shape[1], q.shape[1], b * k.shape[1], k.shape[1]) for b in range(q.shape[0])]
-    offsets = options.get("q_offset")
+
+    def keys(tokens: int) -> int:
+        if "kernel_size" not in options:
+            return tokens
+        l, d = options["kernel_size"], options["kernel_stride"]
+        return len([i for i in range(tokens) if i % d == 0 and i + l <= tokens])
+
+    if "cu_seqlens_q" not in options:
+        tokens = options.get("seqlen_k", k.shape[1])
+        return [(b * q.shape[1], q.shape[1], b * k.shape[1], keys(tokens), tokens) for b in range(q.shape[0])]
+    bounds_q, bounds_k = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
+    spans: list[Span] = []
+    first_k = 0
+    for b in range(len(bounds_q) - 1):
+        tokens = bounds_k[b + 1] - bounds_k[b]
+        spans.append((bounds_q[b], bounds_q[b + 1] - bounds_q[b], first_k, keys(tokens), tokens))
+        first_k += keys(tokens)
+    return spans
+
+
+def _rows(made: Inputs) -> list[tuple[int, int, int, int]]:
+    """(flat query row, position p, first key row, rows of k) for every row inside a sequence."""
+    offsets = made.options.get("q_offset")
     rows = []
-    for b, (first_q, tq, first_k, tk) in enumerate(spans):
+    for b, (first_q, tq, first_k, keys, tk) in enumerate(_spans(made)):
         offset = tk - tq if offsets is None else int(offsets[b]) if isinstance(offsets, Tensor) else offsets
-        rows += [(first_q + t, t + offset, first_k, tk) for t in range(tq)]
+        rows += [(first_q + t, t + offset, first_k, keys) for t in range(tq)]
     return rows
 
 
 def visible_keys(made: Inputs) -> Tensor:
     """bool [B,Tq,Hkv,B*Tk] (packed: [total_q,Hkv,total_k]), on the CPU; keys counted over the whole k tensor."""
     Hkv = made.k.shape[-2]
-    total_k = math.prod(made.k.shape[:-2])
-    block_size, causal = made.options["block_size"], made.options["causal"]
-    rows_q = math.prod(made.q.shape[:-2])
-    lists = made.block_indices.reshape(rows_q, Hkv, made.block_indices.shape[-1]).tolist()
+    seen = torch.zeros(math.prod(made.q.shape[:-2]), Hkv, math.prod(made.k.shape[:-2]), dtype=torch.bool)
+    if made.block_indices is not None:
+        _see_blocks(made, made.block_indices, seen)
+    else:
+        for row, p, first_k, keys in _rows(made):
+            for i in _range_of(made, p, keys):
+                seen[row, :, first_k + i] = True
+    return seen.view(*made.q.shape[:-2], Hkv, -1) if seen.numel() else seen.view(*made.q.shape[:-2], *seen.shape[1:])
+
+
+def _range_of(made: Inputs, p: int, keys: int) -> list[int]:
+    """Keys of its sequence that the query at position p sees in the window, or compressed."""
+    options, causal = made.options, made.options["causal"]
+    if "window_size" in options:
+        w = options["window_size"]
+        return [i for i in range(keys) if (p - w < i <= p if causal else abs(i - p) < w)]
+    l, d = options["kernel_size"], options["kernel_stride"]
+    return [i for i in range(keys) if not causal or i * d + l - 1 <= p]
+
+
+def _see_blocks(made: Inputs, block_indices: Tensor, seen: Tensor) -> None:
+    Hkv, block_size, causal = made.k.shape[-2], made.options["block_size"], made.options["causal"]
+    lists = block_indices.reshape(seen.shape[0], Hkv, block_indices.shape[-1]).tolist()
     counts = made.options.get("block_counts")
     count_lists = counts.reshape(-1, Hkv).tolist() if isinstance(counts, Tensor) else None
-    seen = torch.zeros(len(lists), Hkv, total_k, dtype=torch.bool)
     for row, p, first_k, tk in _rows(made):
         for h in range(Hkv):
             entries = lists[row][h]
@@ -51,7 +86,6 @@ def visible_keys(made: Inputs) -> Tensor:
                 last = min((j + 1) * block_size, tk, p + 1 if causal else tk)
                 if j >= 0 and j * block_size < last:
                     seen[row, h, first_k + j * block_size : first_k + last] = True
-    return seen.view(*made.q.shape[:-2], Hkv, total_k)
 
 
 def results(made: Inputs) -> dict[str, Tensor]:

@@ -40,6 +40,10 @@ class Case:
     max_seqlen: tuple[int, int] | None = None  # the hints, packed only
 
     @property
+    def operation(self) -> str:
+        return "selected_attention"
+
+    @property
     def packed(self) -> bool:
         return self.seqlens_q is not None
 

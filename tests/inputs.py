@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+import nsa_cuda
 import torch
 from cases import Case
+from nsa_cuda import compressed_cu_seqlens
 from targets import Target
 from torch import Tensor
 
@@ -19,17 +22,41 @@ INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 @dataclass
 class Inputs:
-    """Arguments of selected_attention and the gradients of its results."""
+    """Arguments of one attention operation and the gradients of its results."""
 
     case: Case
     q: Tensor  # [B,Tq,Hq,Dk] or [total_q,Hq,Dk]
     k: Tensor  # [B,Tk,Hkv,Dk]
     v: Tensor  # [B,Tk,Hkv,Dv]
-    block_indices: Tensor  # [B,Tq,Hkv,S]
+    block_indices: Tensor | None  # [B,Tq,Hkv,S]; selected attention
     dout: Tensor  # [B,Tq,Hq,Dv]
     dlse: Tensor  # [B,Tq,Hq]
     options: dict[str, Any] = field(default_factory=dict)  # the keyword arguments that the reference shares
     hints: dict[str, Any] = field(default_factory=dict)  # max_seqlen_*: not the reference's
+
+    @property
+    def operation(self) -> str:
+        """The function's name, the same in nsa_cuda, its reference and the baseline."""
+        return self.case.operation
+
+    @property
+    def lists(self) -> tuple[Tensor, ...]:
+        """Positional arguments after q, k, v."""
+        return () if self.block_indices is None else (self.block_indices,)
+
+    def function(self, module: Any) -> Any:
+        return getattr(module, self.operation)
+
+    def attend(self, leaves: Sequence[Tensor], backend: str | None, **options: Any) -> Any:
+        """The public function on other q, k, v."""
+        return self.function(nsa_cuda)(*leaves, *self.lists, backend=backend, **{**self.options, **options})
+
+    def key_offsets(self) -> Tensor | None:
+        """Where the rows of k of each sequence begin, [B + 1]; None: batched."""
+        offsets = self.options.get("cu_seqlens_k")
+        if offsets is None or "kernel_size" not in self.options:
+            return offsets
+        return compressed_cu_seqlens(offsets, self.options["kernel_size"], self.options["kernel_stride"])
 
 
 def generator(name: str) -> torch.Generator:
@@ -181,6 +208,10 @@ def _counts(case: Case, shape: tuple[int, ...], gen: torch.Generator) -> Any:
 
 
 def make(case: Case, target: Target) -> Inputs:
+    if case.operation != "selected_attention":
+        from range_inputs import make as make_range
+
+        return make_range(case, target)
     gen = generator(case.name)
     lead_q: tuple[int, ...] = (case.B, case.Tq)
     lead_k: tuple[int, ...] = (case.B, case.Tk)

@@ -155,6 +155,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("forward", &forward);
   module.def("backward", &backward);
   bind_gated_sum(module);
+  bind_range_attention(module);
   module.def("kernel_name", &kernel_name);
   module.def("version", &nsa::version);
   module.def("built_with_cuda", &nsa::built_with_cuda);

@@ -56,5 +56,6 @@ inline void raise_unless_ok(const nsa::Status& status) {
 }
 
 void bind_gated_sum(py::module_& module);
+void bind_range_attention(py::module_& module);
 
 }  // namespace nsa_binding

@@ -106,7 +106,7 @@ void sum_over_queries(const Backward<Real>& b, const KeyTile& tile, const KeyTil
                             .row_stride = s.score_row,
                             .lse = s.lse,
                             .delta = s.delta,
-                            .visible = s.visible});
+                            .end = s.visible});
     // Transposed: a row of the product is a column of the scores.
     Product<Real> product{.rows = keys, .depth = rows, .a_row = 1, .a_depth = s.score_row, .accumulate = true};
     if (need_dv) {

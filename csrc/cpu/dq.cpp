@@ -30,7 +30,7 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
     while (const std::int64_t columns = walk.next(s.chunk, s.pieces, &num_pieces)) {
       multiply_by_columns(kernel, group, s.q, s.q_row, b.k, head, s.pieces, num_pieces, s.scores, s.score_row);
       multiply_by_columns(kernel, group, s.d_out, s.o_row, b.v, head, s.pieces, num_pieces, s.d_scores, s.score_row);
-      std::fill(s.visible, s.visible + group, columns);
+      std::fill(s.end, s.end + group, columns);
       kernel.score_gradients({.rows = group,
                               .columns = columns,
                               .scale = static_cast<Real>(p.softmax_scale),
@@ -39,7 +39,7 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
                               .row_stride = s.score_row,
                               .lse = s.lse,
                               .delta = delta,
-                              .visible = s.visible});
+                              .end = s.end});
       multiply_by_rows(kernel, group, s.d_scores, s.score_row, b.k_rows, head, s.pieces, num_pieces, s.sum_q, s.q_row);
     }
   }

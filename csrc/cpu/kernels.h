@@ -24,6 +24,7 @@ struct Product {
 };
 
 // One step of an online softmax: scores [rows, columns] become exp(scale * score - new row_max), row_sum and o follow.
+// A row sees the columns [first, end); the others become 0.
 template <typename Real>
 struct SoftmaxStep {
   std::int64_t rows = 0, columns = 0;
@@ -34,9 +35,11 @@ struct SoftmaxStep {
   Real* row_sum = nullptr;  // [rows], 0 before the first step
   Real* o = nullptr;        // [rows, o_columns], unnormalised: rescaled when the maximum grows
   std::int64_t o_columns = 0, o_row = 0;
+  const std::int64_t *first = nullptr, *end = nullptr;  // [rows]; null: all columns
 };
 
-// P = exp(scale * S - lse), dS = scale * P (dP - delta), in place of S and dP. Columns from visible[row] on become 0.
+// P = exp(scale * S - lse), dS = scale * P (dP - delta), in place of S and dP. Columns outside [first[row], end[row])
+// become 0.
 template <typename Real>
 struct ScoreGradients {
   std::int64_t rows = 0, columns = 0;
@@ -44,9 +47,24 @@ struct ScoreGradients {
   Real* s = nullptr;   // [rows, columns] in: Q K^T; out: P
   Real* dp = nullptr;  // [rows, columns] in: dO V^T; out: dS; null: only P is wanted
   std::int64_t row_stride = 0;
-  const Real* lse = nullptr;              // [rows]
-  const Real* delta = nullptr;            // [rows] rowsum(dO o) - dlse
-  const std::int64_t* visible = nullptr;  // [rows]
+  const Real* lse = nullptr;            // [rows]
+  const Real* delta = nullptr;          // [rows] rowsum(dO o) - dlse
+  const std::int64_t* first = nullptr;  // [rows]; null: 0
+  const std::int64_t* end = nullptr;    // [rows]
+};
+
+// mass [queries, columns] = sum over the G rows g of a query, in ascending order, of exp(scale * scores - lse). Columns
+// from end[query] on become 0, and a row whose lse is -inf adds 0.
+template <typename Real>
+struct GroupMass {
+  std::int64_t queries = 0, group = 0, columns = 0;
+  Real scale = 0;
+  const Real* scores = nullptr;  // [queries * group, columns], row stride scores_row
+  std::int64_t scores_row = 0;
+  const Real* lse = nullptr;          // [queries * group]
+  const std::int64_t* end = nullptr;  // [queries]
+  Real* mass = nullptr;               // [queries, columns], row stride mass_row
+  std::int64_t mass_row = 0;
 };
 
 template <typename Real>
@@ -55,6 +73,7 @@ struct Kernels {
   void (*multiply)(const Product<Real>&) = nullptr;
   void (*softmax_step)(const SoftmaxStep<Real>&) = nullptr;
   void (*score_gradients)(const ScoreGradients<Real>&) = nullptr;
+  void (*group_mass)(const GroupMass<Real>&) = nullptr;
   // Elements of a tensor, to the compute type and back (round to nearest even).
   void (*load)(Dtype dtype, const void* source, std::int64_t count, Real* target) = nullptr;
   void (*store)(Dtype dtype, const Real* source, std::int64_t count, void* target) = nullptr;

@@ -28,7 +28,6 @@ void transpose(const Kernels<Real>& kernel, Dtype dtype, const char* source, std
 template <typename Real>
 void pack_panel(const SelectedAttentionProblem& problem, const Sequences& sequences, const Tensor& tensor,
                 std::int64_t head, std::int64_t panel, const KeyColumns<Real>& columns, const KeyRows<Real>& rows) {
-  const Kernels<Real>& kernel = kernels<Real>();
   const Dtype dtype = problem.dtype;
   const std::int64_t row_bytes = tensor.row_stride * bytes_of(dtype);
   const std::int64_t begin = panel * kPanelKeys;
@@ -40,17 +39,27 @@ void pack_panel(const SelectedAttentionProblem& problem, const Sequences& sequen
   for (std::int64_t first = begin; first < end; first += run) {
     const RowIndex index = index_of_k(problem, first);
     run = std::min(end - first, problem.seqlen_k - index.row);
-    const auto* const source = static_cast<const char*>(address_of(tensor, dtype, index, head));
-    if (target != nullptr) transpose(kernel, dtype, source, row_bytes, run, columns.dim, target + first - begin);
-    for (std::int64_t i = 0; rows.data != nullptr && i < run; ++i) {
-      Real* const row = rows.at(head, first + i);
-      kernel.load(dtype, source + i * row_bytes, rows.dim, row);
-      std::fill(row + rows.dim, row + rows.row_stride, Real{0});
-    }
+    pack_run(dtype, address_of(tensor, dtype, index, head), row_bytes, head, first, run, columns, rows);
   }
 }
 
 }  // namespace
+
+template <typename Real>
+void pack_run(Dtype dtype, const void* source, std::int64_t row_bytes, std::int64_t head, std::int64_t first,
+              std::int64_t count, const KeyColumns<Real>& columns, const KeyRows<Real>& rows) {
+  const Kernels<Real>& kernel = kernels<Real>();
+  const auto* const bytes = static_cast<const char*>(source);
+  if (columns.data != nullptr) {
+    Real* const target = columns.panel(head, first / kPanelKeys) + first % kPanelKeys;
+    transpose(kernel, dtype, bytes, row_bytes, count, columns.dim, target);
+  }
+  for (std::int64_t i = 0; rows.data != nullptr && i < count; ++i) {
+    Real* const row = rows.at(head, first + i);
+    kernel.load(dtype, bytes + i * row_bytes, rows.dim, row);
+    std::fill(row + rows.dim, row + rows.row_stride, Real{0});
+  }
+}
 
 UsedPanels carve_used_panels(const SelectedAttentionProblem& problem, const Sequences& sequences, Carver& carver) {
   const std::int64_t panels = count_panels(sequences);
@@ -89,6 +98,11 @@ void pack_keys(const SelectedAttentionProblem& problem, const Sequences& sequenc
     }
   });
 }
+
+template void pack_run(Dtype, const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                       const KeyColumns<float>&, const KeyRows<float>&);
+template void pack_run(Dtype, const void*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+                       const KeyColumns<double>&, const KeyRows<double>&);
 
 template void pack_keys(const SelectedAttentionProblem&, const Sequences&, const UsedPanels&, const Tensor&,
                         const KeyColumns<float>&, const KeyRows<float>&, int);

@@ -44,19 +44,21 @@ struct UsedPanels {
   std::uint8_t* flags = nullptr;
 };
 
-inline std::int64_t count_panels(const Sequences& sequences) {
+template <typename AnySequences>
+std::int64_t count_panels(const AnySequences& sequences) {
   return (sequences.total_k + kPanelKeys - 1) / kPanelKeys;
 }
 
-template <typename Real>
-KeyColumns<Real> carve_key_columns(std::int64_t heads, std::int64_t dim, const Sequences& sequences, Carver& carver) {
+template <typename Real, typename AnySequences>
+KeyColumns<Real> carve_key_columns(std::int64_t heads, std::int64_t dim, const AnySequences& sequences,
+                                   Carver& carver) {
   const std::int64_t panels = count_panels(sequences);
   const std::int64_t size = heads * panels * dim * kPanelKeys;
   return {dim, panels, carver.take<Real>(size + kAlignment)};
 }
 
-template <typename Real>
-KeyRows<Real> carve_key_rows(std::int64_t heads, std::int64_t dim, const Sequences& sequences, Carver& carver) {
+template <typename Real, typename AnySequences>
+KeyRows<Real> carve_key_rows(std::int64_t heads, std::int64_t dim, const AnySequences& sequences, Carver& carver) {
   const std::int64_t stride = padded<Real>(dim);
   return {dim, stride, sequences.total_k, carver.take<Real>(heads * sequences.total_k * stride)};
 }
@@ -64,6 +66,11 @@ KeyRows<Real> carve_key_rows(std::int64_t heads, std::int64_t dim, const Sequenc
 UsedPanels carve_used_panels(const SelectedAttentionProblem& problem, const Sequences& sequences, Carver& carver);
 void fill_used_panels(const SelectedAttentionProblem& problem, const Sequences& sequences, const BlockLists& lists,
                       const UsedPanels& used, int num_threads);
+
+// Fills what isn't null with `count` rows of k or v from `source` on, row_bytes apart: k rows first .. of one panel.
+template <typename Real>
+void pack_run(Dtype dtype, const void* source, std::int64_t row_bytes, std::int64_t head, std::int64_t first,
+              std::int64_t count, const KeyColumns<Real>& columns, const KeyRows<Real>& rows);
 
 // Fills what isn't null from k or v [.., Hkv, D].
 template <typename Real>

@@ -1,4 +1,4 @@
-// What one thread needs to treat one query (its G heads of one kv head) against chunks of its keys; forward and dQ.
+// What one thread needs to treat rows of queries (those of one kv head) against chunks of their keys; forward and dQ.
 #pragma once
 
 #include <algorithm>
@@ -9,59 +9,61 @@
 
 namespace nsa::cpu {
 
-// Keys per chunk: scores [G, chunk] of 32 KiB (float) stay in the caches while they pass from product to softmax to
+// Keys per chunk: scores [rows, chunk] of 32 KiB (float) stay in the caches while they pass from product to softmax to
 // product.
-inline std::int64_t keys_per_chunk(std::int64_t group) {
-  return std::clamp<std::int64_t>(8192 / group / kPanelKeys * kPanelKeys, kPanelKeys, 512);
+inline std::int64_t keys_per_chunk(std::int64_t rows) {
+  return std::clamp<std::int64_t>(8192 / rows / kPanelKeys * kPanelKeys, kPanelKeys, 512);
 }
 
 template <typename Real>
 struct QueryScratch {
   std::int64_t chunk = 0;                            // keys
   std::int64_t q_row = 0, o_row = 0, score_row = 0;  // row strides
-  Real* q = nullptr;                                 // [G, Dk]
-  Real* d_out = nullptr;                             // [G, Dv]
-  Real* sum_q = nullptr;                             // [G, Dk] dQ
-  Real* sum_o = nullptr;                             // [G, Dv] o
-  Real* scores = nullptr;                            // [G, chunk] S, then P
-  Real* d_scores = nullptr;                          // [G, chunk] dP, then dS
-  Real* row_max = nullptr;                           // [G]; forward
-  Real* row_sum = nullptr;                           // [G]; forward
-  Real* lse = nullptr;                               // [G]; backward
-  std::int64_t* visible = nullptr;                   // [G]
+  Real* q = nullptr;                                 // [rows, Dk]
+  Real* d_out = nullptr;                             // [rows, Dv]
+  Real* sum_q = nullptr;                             // [rows, Dk] dQ
+  Real* sum_o = nullptr;                             // [rows, Dv] o
+  Real* scores = nullptr;                            // [rows, chunk] S, then P
+  Real* d_scores = nullptr;                          // [rows, chunk] dP, then dS
+  Real* row_max = nullptr;                           // [rows]; forward
+  Real* row_sum = nullptr;                           // [rows]; forward
+  Real* lse = nullptr;                               // [rows]; backward
+  std::int64_t* first = nullptr;                     // [rows] columns of the chunk that a row sees
+  std::int64_t* end = nullptr;                       // [rows]
   KeyPiece* pieces = nullptr;                        // [chunk]
 
-  static QueryScratch carve(const SelectedAttentionProblem& problem, bool backward, Carver& carver) {
-    const std::int64_t group = problem.num_heads_q / problem.num_heads_k;
+  template <typename Problem>
+  static QueryScratch carve(const Problem& problem, std::int64_t rows, bool backward, Carver& carver) {
     QueryScratch s;
-    s.chunk = keys_per_chunk(group);
+    s.chunk = keys_per_chunk(rows);
     s.q_row = padded<Real>(problem.head_dim_qk);
     s.o_row = padded<Real>(problem.head_dim_v);
     // One vector more: scores of a chunk's last piece are written in whole vectors.
     s.score_row = s.chunk + padded<Real>(1);
-    s.q = carver.take<Real>(group * s.q_row);
-    s.scores = carver.take<Real>(group * s.score_row);
+    s.q = carver.take<Real>(rows * s.q_row);
+    s.scores = carver.take<Real>(rows * s.score_row);
     s.pieces = carver.take<KeyPiece>(s.chunk);
+    s.first = carver.take<std::int64_t>(rows);
+    s.end = carver.take<std::int64_t>(rows);
     if (backward) {
-      s.lse = carver.take<Real>(group);
-      s.d_out = carver.take<Real>(group * s.o_row);
-      s.sum_q = carver.take<Real>(group * s.q_row);
-      s.d_scores = carver.take<Real>(group * s.score_row);
-      s.visible = carver.take<std::int64_t>(group);
+      s.lse = carver.take<Real>(rows);
+      s.d_out = carver.take<Real>(rows * s.o_row);
+      s.sum_q = carver.take<Real>(rows * s.q_row);
+      s.d_scores = carver.take<Real>(rows * s.score_row);
     } else {
-      s.row_max = carver.take<Real>(group);
-      s.row_sum = carver.take<Real>(group);
-      s.sum_o = carver.take<Real>(group * s.o_row);
+      s.row_max = carver.take<Real>(rows);
+      s.row_sum = carver.take<Real>(rows);
+      s.sum_o = carver.take<Real>(rows * s.o_row);
     }
     return s;
   }
 };
 
-// One thread's share of the workspace.
+// One thread's share of the workspace where it treats the G rows of one query at a time.
 template <typename Real>
 std::size_t bytes_of_scratch(const SelectedAttentionProblem& problem, bool backward) {
   Carver carver(nullptr);
-  QueryScratch<Real>::carve(problem, backward, carver);
+  QueryScratch<Real>::carve(problem, problem.num_heads_q / problem.num_heads_k, backward, carver);
   return carver.used();
 }
 
@@ -75,7 +77,7 @@ void for_queries(const SelectedAttentionProblem& problem, std::int64_t total_q, 
   // Head by head, so that the queries at work share K and V in the caches.
   parallel_for(num_threads, pieces * problem.num_heads_k, 1, [&](int thread, std::int64_t piece, std::int64_t) {
     Carver own(scratch + static_cast<std::size_t>(thread) * thread_bytes);
-    const auto mine = QueryScratch<Real>::carve(problem, backward, own);
+    const auto mine = QueryScratch<Real>::carve(problem, problem.num_heads_q / problem.num_heads_k, backward, own);
     const std::int64_t begin = piece % pieces * kRowsPerPiece;
     const std::int64_t end = std::min(begin + kRowsPerPiece, total_q);
     for (std::int64_t q_row = begin; q_row < end; ++q_row) body(q_row, piece / pieces, mine);

@@ -9,13 +9,9 @@ std::int64_t count_blocks(std::int64_t keys, std::int64_t block_size) {
   return keys == 0 ? 0 : (keys - 1) / block_size + 1;  // keys + block_size may overflow
 }
 
-// The last b with begin[b] <= value: -1 before all sequences, `batch` past them.
-std::int64_t find(const std::int64_t* begin, std::int64_t batch, std::int64_t value) {
-  return std::upper_bound(begin, begin + batch + 1, value) - begin - 1;
-}
+}  // namespace
 
-// Running maximum of cu_seqlens, clamped to [0, total]: every row belongs to at most one sequence.
-void repair(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t total, std::int64_t* begin) {
+void repair_offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t total, std::int64_t* begin) {
   std::int64_t highest = 0;
   for (std::int64_t b = 0; b <= batch; ++b) {
     highest = std::max(highest, std::min<std::int64_t>(cu_seqlens[b], total));
@@ -23,13 +19,9 @@ void repair(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t tot
   }
 }
 
-std::int64_t position_of_first_query(const SelectedAttentionProblem& problem, std::int64_t b, std::int64_t length_q,
-                                     std::int64_t length_k) {
-  if (problem.q_offsets != nullptr) return problem.q_offsets[b];
-  return problem.has_q_offset ? problem.q_offset : length_k - length_q;
+std::int64_t find_sequence(const std::int64_t* begin, std::int64_t batch, std::int64_t value) {
+  return std::upper_bound(begin, begin + batch + 1, value) - begin - 1;
 }
-
-}  // namespace
 
 Sequences carve_sequences(const SelectedAttentionProblem& problem, Carver& carver) {
   const std::int64_t copies = is_packed(problem) ? 1 : problem.batch;
@@ -48,8 +40,8 @@ Sequences carve_sequences(const SelectedAttentionProblem& problem, Carver& carve
 
 void fill_sequences(const SelectedAttentionProblem& problem, const Sequences& s) {
   if (is_packed(problem)) {
-    repair(problem.cu_seqlens_q, s.batch, s.total_q, s.q_begin);
-    repair(problem.cu_seqlens_k, s.batch, s.total_k, s.k_begin);
+    repair_offsets(problem.cu_seqlens_q, s.batch, s.total_q, s.q_begin);
+    repair_offsets(problem.cu_seqlens_k, s.batch, s.total_k, s.k_begin);
   } else {
     for (std::int64_t b = 0; b <= s.batch; ++b) {
       s.q_begin[b] = b * problem.seqlen_q;
@@ -63,7 +55,7 @@ void fill_sequences(const SelectedAttentionProblem& problem, const Sequences& s)
 }
 
 QueryPlace place_query(const SelectedAttentionProblem& problem, const Sequences& s, std::int64_t q_row) {
-  const std::int64_t b = find(s.q_begin, s.batch, q_row);
+  const std::int64_t b = find_sequence(s.q_begin, s.batch, q_row);
   if (b < 0 || b >= s.batch) return {};
   const std::int64_t length_q = s.q_begin[b + 1] - s.q_begin[b];
   const std::int64_t length_k = s.k_begin[b + 1] - s.k_begin[b];
@@ -75,7 +67,7 @@ QueryPlace place_query(const SelectedAttentionProblem& problem, const Sequences&
 }
 
 KeyRange keys_of_block(const SelectedAttentionProblem& problem, const Sequences& s, std::int64_t block) {
-  const std::int64_t b = find(s.block_begin, s.batch, block);
+  const std::int64_t b = find_sequence(s.block_begin, s.batch, block);
   if (b < 0 || b >= s.batch) return {};
   const std::int64_t begin = s.k_begin[b] + (block - s.block_begin[b]) * problem.block_size;
   const std::int64_t left = s.k_begin[b + 1] - begin;

@@ -43,15 +43,35 @@ QueryPlace place_query(const SelectedAttentionProblem& problem, const Sequences&
 // All keys of a block, given its number; empty for numbers that no sequence uses.
 KeyRange keys_of_block(const SelectedAttentionProblem& problem, const Sequences& sequences, std::int64_t block);
 
-inline bool is_packed(const SelectedAttentionProblem& problem) { return problem.cu_seqlens_q != nullptr; }
+// Running maximum of cu_seqlens [B + 1] from 0, clamped to `total`: every row belongs to at most one sequence.
+void repair_offsets(const std::int32_t* cu_seqlens, std::int64_t batch, std::int64_t total, std::int64_t* begin);
 
-inline RowIndex index_of_row(const SelectedAttentionProblem& problem, std::int64_t row, std::int64_t rows_per_batch) {
+// The last b with begin[b] <= value, begin [batch + 1] ascending: -1 before all sequences, `batch` past them.
+std::int64_t find_sequence(const std::int64_t* begin, std::int64_t batch, std::int64_t value);
+
+template <typename Problem>
+bool is_packed(const Problem& problem) {
+  return problem.cu_seqlens_q != nullptr;
+}
+
+// Position of the first query of sequence b; lengths in tokens.
+template <typename Problem>
+std::int64_t position_of_first_query(const Problem& problem, std::int64_t b, std::int64_t length_q,
+                                     std::int64_t length_k) {
+  if (problem.q_offsets != nullptr) return problem.q_offsets[b];
+  return problem.has_q_offset ? problem.q_offset : length_k - length_q;
+}
+
+template <typename Problem>
+RowIndex index_of_row(const Problem& problem, std::int64_t row, std::int64_t rows_per_batch) {
   return is_packed(problem) ? RowIndex{0, row} : RowIndex{row / rows_per_batch, row % rows_per_batch};
 }
-inline RowIndex index_of_q(const SelectedAttentionProblem& problem, std::int64_t q_row) {
+template <typename Problem>
+RowIndex index_of_q(const Problem& problem, std::int64_t q_row) {
   return index_of_row(problem, q_row, problem.seqlen_q);
 }
-inline RowIndex index_of_k(const SelectedAttentionProblem& problem, std::int64_t k_row) {
+template <typename Problem>
+RowIndex index_of_k(const Problem& problem, std::int64_t k_row) {
   return index_of_row(problem, k_row, problem.seqlen_k);
 }
 

@@ -85,6 +85,15 @@ inline Vector<T> first_lanes(Vector<T> v, std::int64_t count, T replacement) {
   return lane < static_cast<Int>(count) ? v : broadcast(replacement);
 }
 
+// v with lanes 0 .. count - 1 replaced.
+template <typename T>
+inline Vector<T> last_lanes(Vector<T> v, std::int64_t count, T replacement) {
+  using Int = typename IntOf<sizeof(T)>::type;
+  Vector<Int> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return lane >= static_cast<Int>(count) ? v : broadcast(replacement);
+}
+
 // What exp needs to know of a type.
 template <typename T>
 struct ExpConstants;

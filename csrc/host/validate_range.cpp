@@ -1,4 +1,5 @@
 #include <cinttypes>
+#include <limits>
 
 #include "host/problem.h"
 #include "host/validate.h"
@@ -34,6 +35,15 @@ Status check_compression(const RangeAttentionProblem& problem) {
   return {};
 }
 
+// A block's score is a sum over (l + l') / d - 1 compressed keys; every thread of the CPU keeps that many at hand.
+Status check_strides(const char* name, std::int64_t tokens, std::int64_t stride) {
+  constexpr std::int64_t kMost = 65536;
+  if (tokens / stride <= kMost) return {};
+  return invalid_argument("%s is %" PRId64 "; allowed is %" PRId64 " times kernel_stride, which is %" PRId64
+                          ", or less",
+                          name, tokens, kMost, stride);
+}
+
 }  // namespace
 
 Status validate(const RangeAttentionProblem& problem) {
@@ -66,6 +76,13 @@ Status validate_sizes(const BlockSelection& args) {
     return invalid_argument("topk is %" PRId64 "; allowed is init_blocks + local_blocks = %" PRId64 " + %" PRId64
                             " or more",
                             args.topk, args.init_blocks, args.local_blocks);
+  }
+  NSA_RETURN_IF_ERROR(check_strides("kernel_size", problem.kernel_size, problem.kernel_stride));
+  NSA_RETURN_IF_ERROR(check_strides("block_size", args.block_size, problem.kernel_stride));
+  constexpr std::int64_t kMaxId = std::numeric_limits<std::int32_t>::max();
+  if (problem.cu_seqlens_q == nullptr && problem.num_tokens / args.block_size >= kMaxId) {
+    return invalid_argument("num_tokens is %" PRId64 " with block_size %" PRId64 "; allowed are 2^31 - 1 blocks",
+                            problem.num_tokens, args.block_size);
   }
   return check_list_entries(common_part(problem), "topk", args.topk);
 }

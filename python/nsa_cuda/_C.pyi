@@ -99,6 +99,95 @@ def gated_sum_backward(
     num_threads: int,
     /,
 ) -> None: ...
+
+class RangeProblem:
+    def __init__(
+        self,
+        device: int,
+        backend: int,
+        dtype: int,
+        batch: int,
+        seqlen_q: int,
+        seqlen_k: int,
+        num_heads_q: int,
+        num_heads_k: int,
+        head_dim_qk: int,
+        head_dim_v: int,
+        mask: int,
+        window_size: int,
+        kernel_size: int,
+        kernel_stride: int,
+        num_tokens: int,
+        causal: bool,
+        softmax_scale: float,
+        cu_seqlens_q: int,
+        cu_seqlens_k: int,
+        q_offsets: int,
+        has_q_offset: bool,
+        q_offset: int,
+        /,
+    ) -> None: ...
+
+def range_forward_workspace(problem: RangeProblem, want_lse: bool, num_threads: int, /) -> int: ...
+def range_backward_workspace(
+    problem: RangeProblem, need_dq: bool, need_dk: bool, need_dv: bool, has_dlse: bool, num_threads: int, /
+) -> int: ...
+def range_forward(
+    problem: RangeProblem,
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    o: TensorTuple,
+    lse: TensorTuple,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def range_backward(
+    problem: RangeProblem,
+    q: TensorTuple,
+    k: TensorTuple,
+    v: TensorTuple,
+    o: TensorTuple,
+    lse: TensorTuple,
+    dout: TensorTuple,
+    dlse: TensorTuple,
+    dq: TensorTuple,
+    dk: TensorTuple,
+    dv: TensorTuple,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
+def selection_workspace(
+    problem: RangeProblem,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    num_threads: int,
+    /,
+) -> int: ...
+def select_blocks(
+    problem: RangeProblem,
+    block_size: int,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+    q: TensorTuple,
+    k: TensorTuple,
+    lse: TensorTuple,
+    block_indices: int,
+    workspace: int,
+    workspace_bytes: int,
+    stream: int,
+    num_threads: int,
+    /,
+) -> None: ...
 def kernel_name(problem: Problem, /) -> str: ...
 def version() -> str: ...
 def built_with_cuda() -> bool: ...

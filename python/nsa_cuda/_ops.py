@@ -209,27 +209,30 @@ def _fake_backward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Te
     return dq, dk, dv
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *problem = inputs
-    tensors, ctx.settings = problem[:5], problem[5:]
-    ctx.save_for_backward(q, k, v, *output, *tensors)
-    ctx.set_materialize_grads(False)
+def register_gradients(forward: str, backward: str, num_tensors: int) -> None:
+    """Makes `forward`(q, k, v, tensors.., settings..) -> (o, lse) differentiable by `backward`, once."""
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, *problem = inputs
+        tensors, ctx.settings = problem[:num_tensors], problem[num_tensors:]
+        ctx.save_for_backward(q, k, v, *output, *tensors)
+        ctx.set_materialize_grads(False)
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, o, lse, *tensors = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    no_gradients = [None] * (len(tensors) + len(ctx.settings))
-    if dout is None and dlse is None:
-        return None, None, None, *no_gradients
-    gradients = selected_attention_backward(q, k, v, o, lse, dout, dlse, *tensors, *ctx.settings, *needs)
-    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *no_gradients
+    def differentiate(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        no_gradients = [None] * (len(tensors) + len(ctx.settings))
+        if dout is None and dlse is None:
+            return None, None, None, *no_gradients
+        gradients = operator(q, k, v, o, lse, dout, dlse, *tensors, *ctx.settings, *needs)
+        return *(x if need else None for x, need in zip(gradients, needs, strict=True)), *no_gradients
 
+    def refuse(ctx: Any, *gradients: Tensor | None) -> Any:
+        raise NotImplementedError(f"nsa_cuda::{forward} has no second derivative: its backward can't be differentiated")
 
-def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> Any:
-    raise NotImplementedError(
-        "nsa_cuda.selected_attention has no second derivative: its backward can't be differentiated"
-    )
+    operator = getattr(torch.ops.nsa_cuda, backward).default
+    torch.library.register_autograd(f"nsa_cuda::{forward}", differentiate, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"nsa_cuda::{backward}", refuse, lib=_library)
 
 
 for _op, _function, _fake in (
@@ -239,7 +242,4 @@ for _op, _function, _fake in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_op, _function, _key)
     torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)
-torch.library.register_autograd(
-    "nsa_cuda::selected_attention_forward", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("nsa_cuda::selected_attention_backward", _no_double_backward, lib=_library)
+register_gradients("selected_attention_forward", "selected_attention_backward", num_tensors=5)

@@ -16,7 +16,9 @@ Arguments that are the same everywhere:
     max_seqlen_q, max_seqlen_k: hints that never change a result.
     return_lse: also return the log-sum-exp (natural logarithm, scale included) [B, Tq, Hq] in float32 (float64 for
         float64 inputs). It is differentiable, so results over disjoint keys can be merged.
-    backend: None picks by device. "reference" is plain PyTorch (`nsa_cuda.reference`): any device, any floating dtype.
+    backend: None picks by device: the C++ backend on the CPU, the fastest kernel that there is on a GPU. "reference" is
+        plain PyTorch (`nsa_cuda.reference`): any device, any floating dtype. Except for `selected_attention`, None
+        runs it on CUDA tensors too, where this build has no kernel for them.
 
 A row that sees no key is dead: o = 0, lse = -inf, gradients 0, whatever do and dlse hold there. Inputs are finite
 inside the sequences; memory outside them may hold anything. A second derivative raises. Under torch.autocast q, k
@@ -35,7 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nsa_cuda import _checks, _debug, _ops, reference
+from nsa_cuda import _checks, _debug, _ops, _range_ops, reference
 from nsa_cuda._debug import debug_checks
 from nsa_cuda._tensors import autocast, differentiable_once
 from nsa_cuda.reference import compressed_cu_seqlens
@@ -53,18 +55,19 @@ __all__ = [
 Backend = Literal["reference", "cpu", "sm80", "sm90"]
 
 
-def _check_backend(backend: str | None) -> None:
+def _check_backend(backend: str | None, q: Tensor) -> None:
     if backend != "reference" and backend not in _ops.BACKENDS:
         allowed = ", ".join(repr(name) for name in (*_ops.BACKENDS, "reference"))
         raise ValueError(f"backend: must be one of {allowed}, was {backend!r}")
-
-
-def _reference_only(operation: str, backend: str | None) -> None:
-    _check_backend(backend)
-    if backend not in (None, "reference"):
+    if backend != "reference" and q.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
-            f"backend: {operation} has no compiled kernel, allowed are None and 'reference', was {backend!r}"
+            f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"
         )
+
+
+def _offsets(q_offset: int | Tensor | None) -> tuple[Tensor | None, int | None]:
+    """(per sequence, for all of them): what the operators take."""
+    return (q_offset, None) if isinstance(q_offset, Tensor) else (None, q_offset)
 
 
 def selected_attention(
@@ -118,7 +121,7 @@ def selected_attention(
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     _checks.integer(block_size=block_size)
     softmax_scale = _checks.given_scale(softmax_scale, scale)
-    _check_backend(backend)
+    _check_backend(backend, q)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
         q, k, v = differentiable_once(q, k, v)
@@ -127,14 +130,9 @@ def selected_attention(
             softmax_scale=softmax_scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             return_lse=return_lse,
         )  # fmt: skip
-    if q.device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(
-            f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"
-        )
     counts, count = (block_counts, None) if isinstance(block_counts, Tensor) else (None, block_counts)
-    offsets, offset = (q_offset, None) if isinstance(q_offset, Tensor) else (None, q_offset)
     o, lse = _ops.selected_attention_forward(
-        q, k, v, block_indices, counts, cu_seqlens_q, cu_seqlens_k, offsets, offset, count, block_size, causal,
+        q, k, v, block_indices, counts, cu_seqlens_q, cu_seqlens_k, *_offsets(q_offset), count, block_size, causal,
         softmax_scale, _ops.BACKENDS[backend],
     )  # fmt: skip
     return (o, lse) if return_lse else o
@@ -165,12 +163,12 @@ def compressed_attention(
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Any:
-    """Attention to the compressed keys (the paper's section 3.3.1, eqs. 5 and 7), in plain PyTorch on every device.
+    """Attention to the compressed keys (the paper's section 3.3.1, eqs. 5 and 7).
 
     Compressed key i covers the tokens [i d, i d + l); causal: visible if i d + l - 1 <= p.
 
     Args:
-        q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk].
+        q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk]. CPU: float64, float32, bfloat16, float16, any head dims.
         k_cmp: [B, Nc, Hkv, Dk], Nc = (Tk - l) // d + 1 (0 if Tk < l), or [rows, Hkv, Dk], packed per sequence at
             `compressed_cu_seqlens(cu_seqlens_k, l, d)`. More rows are accepted and never read.
         v_cmp: like k_cmp with Dv.
@@ -178,21 +176,34 @@ def compressed_attention(
         kernel_stride: d, tokens from one compressed key to the next; divides l.
         seqlen_k: Tk, the tokens behind k_cmp (batched calls); None means Tq where that agrees with Nc, else ValueError.
         cu_seqlens_k: offsets of the *tokens*.
-        backend: None or "reference".
+        backend: None, "cpu", "sm80", "sm90" or "reference".
         The rest: see the module.
 
     Returns:
         o [B, Tq, Hq, Dv] or [total_q, Hq, Dv] in q's dtype; with return_lse (o, lse).
     """
-    _reference_only("compressed_attention", backend)
     q, k_cmp, v_cmp = autocast(q, k_cmp, v_cmp)
-    _checks.attention_tensors(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, "_cmp")
-    _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
-    return reference.compressed_attention(
-        *differentiable_once(q, k_cmp, v_cmp), kernel_size=kernel_size, kernel_stride=kernel_stride, seqlen_k=seqlen_k,
-        causal=causal, softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+    packed = _checks.attention_tensors(q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, "_cmp")
+    _checks.last_dim_contiguous(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
+    _checks.compression(kernel_size, kernel_stride)
+    _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
+    softmax_scale = _checks.given_scale(softmax_scale, scale)
+    _check_backend(backend, q)
+    if backend == "reference":
+        _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
+        return reference.compressed_attention(
+            *differentiable_once(q, k_cmp, v_cmp), kernel_size=kernel_size, kernel_stride=kernel_stride,
+            seqlen_k=seqlen_k, causal=causal, softmax_scale=softmax_scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+        )  # fmt: skip
+    tokens = (
+        0 if packed else _checks.compressed_length(seqlen_k, q.shape[1], k_cmp.shape[1], kernel_size, kernel_stride)
+    )
+    o, lse = _range_ops.range_attention_forward(
+        q, k_cmp, v_cmp, cu_seqlens_q, cu_seqlens_k, *_offsets(q_offset), _range_ops.COMPRESSED, 1, kernel_size,
+        kernel_stride, tokens, causal, softmax_scale, _ops.BACKENDS[backend],
     )  # fmt: skip
+    return (o, lse) if return_lse else o
 
 
 def select_blocks(
@@ -217,7 +228,7 @@ def select_blocks(
     max_seqlen_k: int | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """The blocks that each query and kv head attends to (the paper's eqs. 8-12). Runs in plain PyTorch on every device.
+    """The blocks that each query and kv head attends to (the paper's eqs. 8-12).
 
     A block's score is the attention mass of the compressed keys, each giving to a block in proportion to the tokens
     they share, summed over the G heads of the group (the paper's eq. 9 in 0-based indices):
@@ -225,7 +236,8 @@ def select_blocks(
 
     Candidates are the blocks that start at or before p (causal), or all. Within the budget `topk`, the first
     `init_blocks` and the `local_blocks` that end with the query's own, floor(p / l'), are always taken; the rest by
-    score, ties to the smaller id. Deterministic; not differentiable.
+    score, ties to the smaller id. Deterministic; not differentiable. Scores are recomputed from q, k_cmp and lse a tile
+    at a time: no memory grows with the number of keys or blocks.
 
     Args:
         q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk].
@@ -235,23 +247,39 @@ def select_blocks(
         block_size: l', tokens per block.
         topk: n, blocks per query and kv head, forced ones included; at least init_blocks + local_blocks.
         seqlen_k, cu_seqlens_k: the tokens behind k_cmp, as in `compressed_attention`.
-        backend: None or "reference".
+        backend: None, "cpu", "sm80", "sm90" or "reference".
         The rest: see the module.
 
     Returns:
         block_indices int32 [B, Tq, Hkv, topk] or [total_q, Hkv, topk]: ascending ids, local to the sequence, then -1.
     """
-    _reference_only("select_blocks", backend)
     q, k_cmp = autocast(q, k_cmp)
     _checks.tensors(q=q, k_cmp=k_cmp, lse=lse)
-    if _checks.packing(q, cu_seqlens_q, cu_seqlens_k):
+    packed = _checks.packing(q, cu_seqlens_q, cu_seqlens_k)
+    _checks.query_and_key(q, k_cmp, "k_cmp", packed)
+    _checks.last_dim_contiguous(q=q, k_cmp=k_cmp)
+    _checks.query_lse(lse, q)
+    _checks.compression(kernel_size, kernel_stride)
+    _checks.integer(block_size=block_size, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
+    _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
+    softmax_scale = _checks.given_scale(softmax_scale, scale)
+    _check_backend(backend, q)
+    if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
-    return reference.select_blocks(
-        q, k_cmp, lse, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk,
-        init_blocks=init_blocks, local_blocks=local_blocks, seqlen_k=seqlen_k, causal=causal,
-        softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
+        return reference.select_blocks(
+            q, k_cmp, lse, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, topk=topk,
+            init_blocks=init_blocks, local_blocks=local_blocks, seqlen_k=seqlen_k, causal=causal,
+            softmax_scale=softmax_scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        )  # fmt: skip
+    tokens = (
+        0 if packed else _checks.compressed_length(seqlen_k, q.shape[1], k_cmp.shape[1], kernel_size, kernel_stride)
+    )
+    block_indices: Tensor = _range_ops.select_blocks(
+        q.detach(), k_cmp.detach(), lse.detach(), cu_seqlens_q, cu_seqlens_k, *_offsets(q_offset), kernel_size,
+        kernel_stride, tokens, causal, softmax_scale, _ops.BACKENDS[backend], block_size, topk, init_blocks,
+        local_blocks,
     )  # fmt: skip
+    return block_indices
 
 
 def sliding_window_attention(
@@ -271,7 +299,7 @@ def sliding_window_attention(
     return_lse: bool = False,
     backend: Backend | None = None,
 ) -> Any:
-    """Attention to the nearest tokens (the paper's section 3.3.3). Runs in plain PyTorch on every device.
+    """Attention to the nearest tokens (the paper's section 3.3.3).
 
     Causal: exactly the w tokens (p - w, p]. Otherwise the tokens with |key - p| < w.
 
@@ -279,21 +307,31 @@ def sliding_window_attention(
         q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk].
         k: [B, Tk, Hkv, Dk] or [total_k, Hkv, Dk], q's dtype.
         v: [B, Tk, Hkv, Dv] or [total_k, Hkv, Dv], q's dtype.
-        window_size: w, tokens.
-        backend: None or "reference".
+        window_size: w, tokens; may be larger than Tk.
+        backend: None, "cpu", "sm80", "sm90" or "reference".
         The rest: see the module.
 
     Returns:
         o [B, Tq, Hq, Dv] or [total_q, Hq, Dv] in q's dtype; with return_lse (o, lse).
     """
-    _reference_only("sliding_window_attention", backend)
     q, k, v = autocast(q, k, v)
     _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
-    return reference.sliding_window_attention(
-        *differentiable_once(q, k, v), window_size=window_size, causal=causal, softmax_scale=softmax_scale, scale=scale,
-        q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+    _checks.last_dim_contiguous(q=q, k=k, v=v)
+    _checks.integer(window_size=window_size)
+    _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
+    softmax_scale = _checks.given_scale(softmax_scale, scale)
+    _check_backend(backend, q)
+    if backend == "reference":
+        _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
+        return reference.sliding_window_attention(
+            *differentiable_once(q, k, v), window_size=window_size, causal=causal, softmax_scale=softmax_scale,
+            q_offset=q_offset, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, return_lse=return_lse,
+        )  # fmt: skip
+    o, lse = _range_ops.range_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, *_offsets(q_offset), _range_ops.WINDOW, window_size, 1, 1, 0, causal,
+        softmax_scale, _ops.BACKENDS[backend],
     )  # fmt: skip
+    return (o, lse) if return_lse else o
 
 
 def native_sparse_attention(
@@ -348,7 +386,7 @@ def native_sparse_attention(
     Returns:
         o [B, Tq, Hq, Dv] or [total_q, Hq, Dv] in q's dtype.
     """
-    _check_backend(backend)
+    _check_backend(backend, q)
     q, k, v, k_cmp, v_cmp, k_win, v_win = autocast(q, k, v, k_cmp, v_cmp, k_win, v_win)
     _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])

@@ -77,5 +77,6 @@ def window_parts(
     cu_seqlens_k: Tensor | None,
 ) -> list[tuple[Part, WindowKeys]]:
     """Each part with the windows of its rows."""
+    window_size = min(window_size, 1 << 60)  # positions and their sums with w fit into int64
     parts = token_parts(q, k, q_offset, cu_seqlens_q, cu_seqlens_k)
     return [(part, WindowKeys(part, num_rows(part, q), window_size, causal, q.device)) for part in parts]

@@ -7,6 +7,7 @@ o rounded before delta reads it; results rounded once. In float32 and float64 no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from nsa_cuda import _checks
 from nsa_cuda.reference import attention as reference
 from nsa_cuda.reference._attend import compute_dtype, grouped, masked_scores, row_chunks, ungrouped
-from nsa_cuda.reference._layout import QOffset
-from nsa_cuda.reference._parts import selected_parts
+from nsa_cuda.reference._layout import Part, QOffset
+from nsa_cuda.reference._parts import compressed_parts, selected_parts, window_parts
 from nsa_cuda.reference._visibility import Visibility
 
 
@@ -78,6 +79,86 @@ def selected_attention_backward(
     """dq, dk, dv in q's dtype, from o, lse of `selected_attention`, do [.., Hq, Dv] and dlse [.., Hq] (None: zero)."""
     softmax_scale = _checks.softmax_scale(softmax_scale, scale, q.shape[-1])
     parts = selected_parts(q, k, block_indices, block_size, block_counts, causal, q_offset, cu_seqlens_q, cu_seqlens_k)
+    return _backward_of_parts(q, k, v, o, lse, do, dlse, parts, softmax_scale)
+
+
+@torch.no_grad()
+def sliding_window_attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """o and lse; options as in `nsa_cuda.sliding_window_attention`."""
+    output = reference.sliding_window_attention(q, k, v, return_lse=True, **options)
+    assert isinstance(output, tuple)
+    return output
+
+
+@torch.no_grad()
+def sliding_window_attention_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    window_size: int = 512,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_offset: QOffset = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; as `selected_attention_backward`."""
+    parts = window_parts(q, k, window_size, causal, q_offset, cu_seqlens_q, cu_seqlens_k)
+    scale = _checks.softmax_scale(softmax_scale, None, q.shape[-1])
+    return _backward_of_parts(q, k, v, o, lse, do, dlse, parts, scale)
+
+
+@torch.no_grad()
+def compressed_attention(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """o and lse; options as in `nsa_cuda.compressed_attention`."""
+    output = reference.compressed_attention(q, k_cmp, v_cmp, return_lse=True, **options)
+    assert isinstance(output, tuple)
+    return output
+
+
+@torch.no_grad()
+def compressed_attention_backward(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None = None,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    seqlen_k: int | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    q_offset: QOffset = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk_cmp, dv_cmp; as `selected_attention_backward`."""
+    parts = compressed_parts(
+        q, k_cmp, kernel_size, kernel_stride, seqlen_k, q_offset, cu_seqlens_q, cu_seqlens_k, causal
+    )
+    scale = _checks.softmax_scale(softmax_scale, None, q.shape[-1])
+    return _backward_of_parts(q, k_cmp, v_cmp, o, lse, do, dlse, parts, scale)
+
+
+def _backward_of_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    dlse: Tensor | None,
+    parts: Sequence[tuple[Part, Visibility]],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     if dlse is None:
         dlse = torch.zeros_like(lse)
     dtype = compute_dtype(q.dtype)
@@ -85,7 +166,7 @@ def selected_attention_backward(
     for part, keys in parts:
         by_query = [part.q(x).to(dtype) for x in (q, o, lse, do, dlse)]
         by_key = [part.k(x).to(dtype) for x in (k, v)]
-        _backward(by_query, by_key, (part.q(dq), part.k(dk), part.k(dv)), keys, softmax_scale, q.dtype)
+        _backward(by_query, by_key, (part.q(dq), part.k(dk), part.k(dv)), keys, scale, q.dtype)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -1,17 +1,22 @@
-"""selected_attention as a citizen of torch: opcheck, torch.compile, autocast, checkpointing, a training step."""
+"""The attention operations as citizens of torch: opcheck, torch.compile, autocast, checkpointing, a training step."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import nsa_cuda
 import pytest
 import torch
 from accuracy import run
 from cases import Case, named
 from inputs import Inputs, make
 from nsa_cuda import selected_attention
+from range_cases import RangeCase, both
+from range_cases import named as range_named
+from selection_cases import SelectionCase, select
+from selection_cases import make as make_selection
 from targets import ONE_EACH, Target
-from test_selected_gradients import leaves_of
+from test_gradients import leaves_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -24,8 +29,14 @@ CALLS = [
         "strided", B=2, Tq=50, Tk=60, Hq=4, Hkv=2, Dk=192, Dv=128, S=3, block_size=16, layout="sliced_heads", int64=True
     ),
     named("packed_padding"),
+    *both("plain", B=2, Tq=60, Tk=60),
+    *both("tensors", B=2, Tq=50, Tk=60, q_offset=(3, -4)),
+    *both("strided", B=2, Tq=50, Tk=60, Dk=192, Dv=128, layout="sliced_heads"),
+    *[range_named(f"{mask}_packed_padding") for mask in ("window", "compressed")],
 ]
+ONE_CASE_EACH = [c for c in CALLS if c.name.endswith("plain")]
 BY_NAME = [pytest.param(c, id=c.name) for c in CALLS]
+each_operation = pytest.mark.parametrize("case", [pytest.param(c, id=c.operation) for c in ONE_CASE_EACH])
 
 
 class RecordOps(TorchDispatchMode):
@@ -57,10 +68,10 @@ def test_opcheck(target: Target, case: Case):
 def step(target: Target, made: Inputs):
     """A function with work before and after the operation, returning the loss."""
 
-    def loss(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor) -> Tensor:
-        out = selected_attention(
-            q * 2.0, k, v + 1.0, block_indices, return_lse=True, backend=target.backend, **made.options
-        )
+    function = made.function(nsa_cuda)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, *lists: Tensor) -> Tensor:
+        out = function(q * 2.0, k, v + 1.0, *lists, return_lse=True, backend=target.backend, **made.options)
         return (out[0].float() * made.dout.float()).nan_to_num().sum() + out[1].clamp(-10, 10).float().sum()
 
     return loss
@@ -68,7 +79,7 @@ def step(target: Target, made: Inputs):
 
 def value_and_grads(function, made: Inputs) -> list[Tensor]:
     leaves = leaves_of(made)
-    value = function(*leaves, made.block_indices)
+    value = function(*leaves, *made.lists)
     return [value.detach(), *torch.autograd.grad(value, leaves)]
 
 
@@ -105,10 +116,55 @@ def test_compile_with_dynamic_shapes(target: Target):
     assert graphs == 1
 
 
+def branches(q: Tensor, k: Tensor, v: Tensor, backend: str | None) -> Tensor:
+    """All operations, one after another, as in a layer."""
+    sizes = {"kernel_size": 8, "kernel_stride": 4, "seqlen_k": k.shape[1], "backend": backend}
+    k_cmp, v_cmp = (x.unfold(1, 8, 4).mean(-1) for x in (k, v))
+    o_cmp, lse = nsa_cuda.compressed_attention(q, k_cmp, v_cmp, return_lse=True, **sizes)
+    lists = nsa_cuda.select_blocks(q, k_cmp, lse, block_size=16, topk=3, **sizes)
+    o_slc = selected_attention(q, k, v, lists, block_size=16, backend=backend)
+    o_win = nsa_cuda.sliding_window_attention(q, k, v, window_size=20, backend=backend)
+    return (o_cmp + o_slc + o_win).float().square().sum()
+
+
 @pytest.mark.parametrize("target", ONE_EACH)
-def test_inductor(target: Target):
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_all_branches(target: Target, dynamic: bool):
+    torch._dynamo.reset()
+    graphs = 0
+
+    def count(graph_module, example_inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph_module.forward
+
+    compiled = torch.compile(branches, fullgraph=True, dynamic=dynamic, backend=count)
+    for T in (60, 75, 130) if dynamic else (60,):
+        made = make(RangeCase(f"branches_{T}", B=2, Tq=T, Tk=T), target)
+        eager, found = leaves_of(made), leaves_of(made)
+        value, compiled_value = branches(*eager, target.backend), compiled(*found, target.backend)
+        torch.testing.assert_close(value, compiled_value, rtol=1e-5, atol=1e-5)
+        for a, b in zip(torch.autograd.grad(value, eager), torch.autograd.grad(compiled_value, found), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert graphs == 1
+
+
+@pytest.mark.parametrize("target", ONE_EACH)
+def test_opcheck_select_blocks(target: Target):
+    for case in (SelectionCase("opcheck", B=2, Tk=203), SelectionCase("opcheck_offsets", B=2, Tk=203, q_offset=(3, -4)),
+                 SelectionCase("opcheck_packed", seqlens_q=(30, 40), seqlens_k=(30, 90))):  # fmt: skip
+        made, lse = make_selection(case, target)
+        with RecordOps() as record:
+            select(made, lse, target.backend)
+        ((func, args, kwargs),) = [call for call in record.calls if call[0].name() == "nsa_cuda::select_blocks"]
+        torch.library.opcheck(func, args, kwargs, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("target", ONE_EACH)
+@each_operation
+def test_inductor(target: Target, case: Case):
     """The default compiler, forward and backward."""
-    made = make(CALLS[0], target)
+    made = make(case, target)
     torch._dynamo.reset()
     compiled = torch.compile(step(target, made), fullgraph=True)
     for a, b in zip(value_and_grads(step(target, made), made), value_and_grads(compiled, made), strict=True):
@@ -117,15 +173,14 @@ def test_inductor(target: Target):
 
 @pytest.mark.parametrize("target", ONE_EACH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_autocast(target: Target, dtype: torch.dtype):
+@each_operation
+def test_autocast(target: Target, case: Case, dtype: torch.dtype):
     """float32 inputs are cast to the autocast dtype; their gradients come back in float32."""
-    made = make(CALLS[0], target)
+    made = make(case, target)
     made.q, made.k, made.v = (x.float() for x in (made.q, made.k, made.v))
     leaves = leaves_of(made)
     with torch.autocast(target.device, dtype):
-        o, lse = selected_attention(
-            *leaves, made.block_indices, return_lse=True, backend=target.backend, **made.options
-        )
+        o, lse = made.attend(leaves, target.backend, return_lse=True)
     assert o.dtype == dtype
     assert lse.dtype == torch.float32
     grads = torch.autograd.grad([o, lse], leaves, [made.dout.to(dtype), made.dlse.float()])
@@ -141,8 +196,9 @@ def test_autocast(target: Target, dtype: torch.dtype):
 
 @pytest.mark.parametrize("target", ONE_EACH)
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "plain"])
-def test_activation_checkpointing(target: Target, reentrant: bool):
-    made = make(CALLS[0], target)
+@each_operation
+def test_activation_checkpointing(target: Target, case: Case, reentrant: bool):
+    made = make(case, target)
     function = step(target, made)
 
     def checkpointed(*args: Tensor) -> Tensor:
@@ -150,7 +206,7 @@ def test_activation_checkpointing(target: Target, reentrant: bool):
 
     def backward(f) -> list[Tensor]:
         leaves = leaves_of(made)
-        value = f(*leaves, made.block_indices)
+        value = f(*leaves, *made.lists)
         value.backward()
         return [value.detach(), *[x.grad for x in leaves]]
 
@@ -194,9 +250,10 @@ def test_training_decreases_the_loss(target: Target):
 
 
 @pytest.mark.parametrize("target", ONE_EACH)
-def test_saved_tensor_hooks_are_obeyed(target: Target):
+@each_operation
+def test_saved_tensor_hooks_are_obeyed(target: Target, case: Case):
     """What backward needs goes through autograd's saved tensors, so that offloading works."""
-    made = make(CALLS[0], target)
+    made = make(case, target)
     packed: list[Tensor] = []
 
     def pack(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from accuracy import run
 from cases import Case, named
 from inputs import make
 from poison import poisoned_memory
+from range_cases import both
+from range_cases import named as range_named
 from targets import ALL, CPU, CUDA, ONE_EACH, Target
 from test_selected_properties import assert_same_bits
 
@@ -21,7 +23,11 @@ CASES = [
     named("sink_block"),
     named("packed_padding"),
     named("wild_packed"),
-]
+    *both("repeat", B=2, Tq=300, Tk=500, Hq=16, Hkv=2),
+    *both("repeat_noncausal", B=2, Tq=200, Tk=300, Hq=6, Hkv=2, causal=False),
+    *[range_named(f"{mask}_{name}") for mask in ("window", "compressed")
+      for name in ("packed_padding", "packed_long_and_short")],
+]  # fmt: skip
 BY_NAME = [pytest.param(c, id=c.name) for c in CASES]
 
 
@@ -46,10 +52,17 @@ def test_threads_do_not_matter(target: Target, case: Case, one_thread):
         assert_same_bits(first, run(made, target.backend))
 
 
+LARGE = {"Tq": 6000, "Tk": 6000, "Hq": 16, "Hkv": 1, "Dk": 128, "Dv": 128}
+RACES = [
+    Case("race", S=8, indices="sink", **LARGE),
+    *both("race", window_size=512, kernel_size=32, kernel_stride=16, **LARGE),
+]
+
+
 @pytest.mark.parametrize("target", CUDA)
-def test_large_runs_repeat(target: Target):
-    """Enough blocks in flight for their order to vary between runs; the split lists' partial sums must not care."""
-    case = Case("race", Tq=6000, Tk=6000, Hq=16, Hkv=1, Dk=128, Dv=128, S=8, indices="sink")
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in RACES])
+def test_large_runs_repeat(target: Target, case: Case):
+    """Enough blocks in flight for their order to vary between runs; partial sums must not care."""
     made = make(case, target)
     first = run(made, target.backend)
     for _ in range(5):
@@ -70,13 +83,17 @@ def test_concurrent_calls(target: Target):
 
 COUNT_THREADS = """
 import os, torch
-from nsa_cuda import selected_attention
+import nsa_cuda
 torch.set_num_threads(1)
 q, k, v = (torch.randn(1, 512, 4, 64, requires_grad=True) for _ in range(3))
 lists = torch.zeros(1, 512, 4, 2, dtype=torch.int32)
 (q @ k.mT).sum().backward()
 before = len(os.listdir("/proc/self/task"))
-selected_attention(q, k, v, lists).sum().backward()
+nsa_cuda.selected_attention(q, k, v, lists).sum().backward()
+nsa_cuda.sliding_window_attention(q, k, v, window_size=100).sum().backward()
+o, lse = nsa_cuda.compressed_attention(q, k[:, :31], v[:, :31], return_lse=True)
+o.sum().backward()
+nsa_cuda.select_blocks(q, k[:, :31], lse)
 print(len(os.listdir("/proc/self/task")) - before)
 """
 

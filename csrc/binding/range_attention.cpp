@@ -1,0 +1,162 @@
+// nsa::range_attention and nsa::select_blocks for Python.
+#include <cstdint>
+
+#include <nsa_cuda/nsa.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "values.h"
+
+namespace nsa_binding {
+namespace {
+
+nsa::RangeAttentionProblem make_problem(int device, int backend, int dtype, std::int64_t batch, std::int64_t seqlen_q,
+                                        std::int64_t seqlen_k, std::int64_t num_heads_q, std::int64_t num_heads_k,
+                                        std::int64_t head_dim_qk, std::int64_t head_dim_v, int mask,
+                                        std::int64_t window_size, std::int64_t kernel_size, std::int64_t kernel_stride,
+                                        std::int64_t num_tokens, bool causal, double softmax_scale,
+                                        Address cu_seqlens_q, Address cu_seqlens_k, Address q_offsets,
+                                        bool has_q_offset, std::int64_t q_offset) {
+  nsa::RangeAttentionProblem problem;
+  problem.device = static_cast<nsa::Device>(device);
+  problem.backend = static_cast<nsa::Backend>(backend);
+  problem.dtype = static_cast<nsa::Dtype>(dtype);
+  problem.batch = batch;
+  problem.seqlen_q = seqlen_q;
+  problem.seqlen_k = seqlen_k;
+  problem.num_heads_q = num_heads_q;
+  problem.num_heads_k = num_heads_k;
+  problem.head_dim_qk = head_dim_qk;
+  problem.head_dim_v = head_dim_v;
+  problem.mask = static_cast<nsa::RangeMask>(mask);
+  problem.window_size = window_size;
+  problem.kernel_size = kernel_size;
+  problem.kernel_stride = kernel_stride;
+  problem.num_tokens = num_tokens;
+  problem.causal = causal;
+  problem.softmax_scale = softmax_scale;
+  problem.cu_seqlens_q = pointer<const std::int32_t>(cu_seqlens_q);
+  problem.cu_seqlens_k = pointer<const std::int32_t>(cu_seqlens_k);
+  problem.q_offsets = pointer<const std::int32_t>(q_offsets);
+  problem.has_q_offset = has_q_offset;
+  problem.q_offset = q_offset;
+  return problem;
+}
+
+std::size_t forward_workspace(const nsa::RangeAttentionProblem& problem, bool want_lse, int num_threads) {
+  nsa::RangeAttentionForward args;
+  args.problem = problem;
+  args.lse = present_if(want_lse);
+  args.num_threads = num_threads;
+  std::size_t bytes = 0;
+  raise_unless_ok(nsa::range_attention_workspace(args, &bytes));
+  return bytes;
+}
+
+std::size_t backward_workspace(const nsa::RangeAttentionProblem& problem, bool need_dq, bool need_dk, bool need_dv,
+                               bool has_dlse, int num_threads) {
+  nsa::RangeAttentionBackward args;
+  args.problem = problem;
+  args.dq = present_if(need_dq);
+  args.dk = present_if(need_dk);
+  args.dv = present_if(need_dv);
+  args.dlse = present_if(has_dlse);
+  args.num_threads = num_threads;
+  std::size_t bytes = 0;
+  raise_unless_ok(nsa::range_attention_workspace(args, &bytes));
+  return bytes;
+}
+
+// function: nsa::range_attention or nsa::select_blocks
+template <typename Arguments>
+void run(nsa::Status (*function)(const Arguments&), Arguments& args, Address workspace, std::size_t workspace_bytes,
+         Address stream, int num_threads) {
+  args.workspace = pointer<void>(workspace);
+  args.workspace_bytes = workspace_bytes;
+  args.stream = pointer<CUstream_st>(stream);
+  args.num_threads = num_threads;
+  nsa::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = function(args);
+  }
+  raise_unless_ok(status);
+}
+
+void forward(const nsa::RangeAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
+             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, Address workspace,
+             std::size_t workspace_bytes, Address stream, int num_threads) {
+  nsa::RangeAttentionForward args;
+  args.problem = problem;
+  args.q = make_tensor(q);
+  args.k = make_tensor(k);
+  args.v = make_tensor(v);
+  args.o = make_tensor(o);
+  args.lse = make_tensor(lse);
+  run(&nsa::range_attention, args, workspace, workspace_bytes, stream, num_threads);
+}
+
+void backward(const nsa::RangeAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
+              const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout,
+              const TensorTuple& dlse, const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv,
+              Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
+  nsa::RangeAttentionBackward args;
+  args.problem = problem;
+  args.q = make_tensor(q);
+  args.k = make_tensor(k);
+  args.v = make_tensor(v);
+  args.o = make_tensor(o);
+  args.lse = make_tensor(lse);
+  args.dout = make_tensor(dout);
+  args.dlse = make_tensor(dlse);
+  args.dq = make_tensor(dq);
+  args.dk = make_tensor(dk);
+  args.dv = make_tensor(dv);
+  run(&nsa::range_attention, args, workspace, workspace_bytes, stream, num_threads);
+}
+
+nsa::BlockSelection make_selection(const nsa::RangeAttentionProblem& problem, std::int64_t block_size,
+                                   std::int64_t topk, std::int64_t init_blocks, std::int64_t local_blocks) {
+  nsa::BlockSelection args;
+  args.problem = problem;
+  args.block_size = block_size;
+  args.topk = topk;
+  args.init_blocks = init_blocks;
+  args.local_blocks = local_blocks;
+  return args;
+}
+
+std::size_t selection_workspace(const nsa::RangeAttentionProblem& problem, std::int64_t block_size, std::int64_t topk,
+                                std::int64_t init_blocks, std::int64_t local_blocks, int num_threads) {
+  nsa::BlockSelection args = make_selection(problem, block_size, topk, init_blocks, local_blocks);
+  args.num_threads = num_threads;
+  std::size_t bytes = 0;
+  raise_unless_ok(nsa::block_selection_workspace(args, &bytes));
+  return bytes;
+}
+
+void select_blocks(const nsa::RangeAttentionProblem& problem, std::int64_t block_size, std::int64_t topk,
+                   std::int64_t init_blocks, std::int64_t local_blocks, const TensorTuple& q, const TensorTuple& k,
+                   const TensorTuple& lse, Address block_indices, Address workspace, std::size_t workspace_bytes,
+                   Address stream, int num_threads) {
+  nsa::BlockSelection args = make_selection(problem, block_size, topk, init_blocks, local_blocks);
+  args.q = make_tensor(q);
+  args.k = make_tensor(k);
+  args.lse = make_tensor(lse);
+  args.block_indices = pointer<std::int32_t>(block_indices);
+  run(&nsa::select_blocks, args, workspace, workspace_bytes, stream, num_threads);
+}
+
+}  // namespace
+
+void bind_range_attention(py::module_& module) {
+  py::class_<nsa::RangeAttentionProblem>(module, "RangeProblem").def(py::init(&make_problem));
+  module.def("range_forward_workspace", &forward_workspace);
+  module.def("range_backward_workspace", &backward_workspace);
+  module.def("range_forward", &forward);
+  module.def("range_backward", &backward);
+  module.def("selection_workspace", &selection_workspace);
+  module.def("select_blocks", &select_blocks);
+}
+
+}  // namespace nsa_binding
