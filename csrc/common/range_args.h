@@ -29,7 +29,7 @@ using RangeBackwardKernel = Status (*)(const RangeBackwardArgs&, const Launch&);
 
 // Rows of the tiles of a family's kernels, for the plan; the kernels' configs assert that they agree.
 constexpr RangeTiles range_tiles(Backend family, bool backward, int64_t dk) {
-  if (family == Backend::kSm90) return {backward ? (dk <= 128 ? 12 : 8) : 8, 8};
+  if (family == Backend::kSm90) return {backward && dk <= 64 ? 12 : 8, dk <= 192 ? 8 : 4};
   return {dk <= 128 ? 8 : 4, 4};
 }
 

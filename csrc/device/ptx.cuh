@@ -108,7 +108,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
   }
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // TMA. A full barrier of a stage: one arrival by the producer, and the bytes it expects.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

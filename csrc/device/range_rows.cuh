@@ -11,8 +11,8 @@ struct RowOperand;
 
 template <int kDim>
 struct RowOperand<kDim, true> : RegisterOperand<kDim> {
-  template <typename Tile>
-  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Tile& tile, int group, uint32_t, int warp,
+  template <typename Queries>
+  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t, int warp,
                                         int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -31,8 +31,8 @@ template <int kDim>
 struct RowOperand<kDim, false> {
   uint32_t at;
   int lane;
-  template <typename Tile>
-  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Tile& tile, int group, uint32_t to, int warp,
+  template <typename Queries>
+  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t to, int warp,
                                         int lane_) {
     constexpr int kChunks = Tile<kDim>::kChunks;
     at = to;

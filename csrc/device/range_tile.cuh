@@ -62,6 +62,7 @@ struct RangeQueries {
     const RunOfUnit run(plan.units, (tiles_per_head - 1 - nth) * (kRows / 16));
     real = run.real;
     first = end = first_of_all = end_of_all = run_end = 0;
+    first_token = end_token = first_group = 0;
     if (!real) return;
     const int row = 16 * run.unit;
     first_token = run.begin + row / group;
@@ -75,6 +76,30 @@ struct RangeQueries {
     end_of_all = low.y;
     run_end = plan.units.unit_begin ? __ldg(plan.key_units.token_begin + run.run + 1)
                                     : run.run * plan.run_k + plan.run_keys;
+  }
+
+  // Through shared memory (kInfoBytes), from the warp that found the tile to those that work on it.
+  static constexpr int kInfoBytes = 48;
+  RangeQueries() = default;
+  __device__ __forceinline__ void leave(uint32_t at) const {
+    const int words[] = {head, first_token, end_token, first_group, first, end, first_of_all, end_of_all, run_end};
+#pragma unroll
+    for (int i = 0; i < 9; ++i) store_shared(at + 4 * i, words[i]);
+  }
+  __device__ __forceinline__ void fetch_rows(uint32_t at) {
+    const int2 a = load_shared_pair(at), b = load_shared_pair(at + 8);
+    head = a.x;
+    first_token = a.y;
+    end_token = b.x;
+    first_group = b.y;
+  }
+  __device__ __forceinline__ void fetch_keys(uint32_t at) {
+    const int2 a = load_shared_pair(at + 16), b = load_shared_pair(at + 24);
+    first = a.x;
+    end = a.y;
+    first_of_all = b.x;
+    end_of_all = b.y;
+    run_end = load_shared(at + 32);
   }
 
   __device__ __forceinline__ Row row(int i, int group) const {
@@ -158,6 +183,21 @@ struct RowVisibility {
     const int2 run = real ? __ldg(plan.queries + key) : int2{0, 0};
     first[r] = (run.x - begin) * group;
     end[r] = (run.y - begin) * group;
+  }
+  // Through shared memory, 8 bytes a key: {first, end}.
+  static __device__ __forceinline__ void leave(uint32_t at, bool real, int key, int begin, int group,
+                                               const cuda::RangePlan& plan) {
+    const int2 run = real ? __ldg(plan.queries + key) : int2{0, 0};
+    store_shared(at, (run.x - begin) * group);
+    store_shared(at + 4, (run.y - begin) * group);
+  }
+  __device__ __forceinline__ void fetch(uint32_t at) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int2 run = load_shared_pair(at + 64 * r);
+      first[r] = run.x;
+      end[r] = run.y;
+    }
   }
   __device__ __forceinline__ bool sees(int r, int row) const { return row >= first[r] && row < end[r]; }
 };

@@ -111,9 +111,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
-    if (row.real) {
-      device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), rows.dq, r, a.scale, lane);
-    }
+    char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
+    device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, rows.dq, r, a.scale, lane);
   }
 }
 

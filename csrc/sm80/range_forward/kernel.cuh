@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/range_rows.cuh"
-#include "device/softmax.cuh"
+#include "device/range_output.cuh"
 #include "sm80/range_forward/config.h"
 
 namespace nsa::sm80::range_forward {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
-    rows.softmax.template store_one<typename Config::Element>(a, r, row.real, row.token, row.head, lane);
+    device::store_output<typename Config::Element>(a, rows.softmax, r, row.real, row.token, row.head, lane);
   }
 }
 
