@@ -16,7 +16,7 @@ endforeach()
 
 foreach(operation range_forward range_dq range_dkdv)
   foreach(dtype bfloat16 float16)
-    foreach(family sm80)
+    foreach(family sm80 sm90)
       nsa_instance(${family} ${operation} ${dtype} 64 64)
       nsa_instance(${family} ${operation} ${dtype} 128 128)
       nsa_instance(${family} ${operation} ${dtype} 192 128)

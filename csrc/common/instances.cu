@@ -24,7 +24,7 @@ using Kernel_range_dkdv = Status(const RangeBackwardArgs&, const Launch&);
 
 namespace {
 
-template <auto Instance::*kMember, typename Kernel>
+template <auto Instance::* kMember, typename Kernel>
 constexpr Instance with(Instance row, Kernel kernel) {
   row.*kMember = kernel;
   return row;

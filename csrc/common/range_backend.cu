@@ -44,8 +44,8 @@ Status run_keys(const RangeAttentionBackward& args, const Gpu& gpu, const Instan
   if (a.plan.total_k == 0) return {};
   Status status = kernel.range_backward(a, gpu.launch);
   if (status.ok()) {
-    status = add_range_partials(p.dtype, a, static_cast<int>(p.head_dim_qk), static_cast<int>(p.head_dim_v),
-                                args.stream);
+    status =
+        add_range_partials(p.dtype, a, static_cast<int>(p.head_dim_qk), static_cast<int>(p.head_dim_v), args.stream);
   }
   return status;
 }

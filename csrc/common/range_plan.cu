@@ -32,9 +32,8 @@ __global__ void __launch_bounds__(kSequenceThreads) lay_sequences(RangeArgs a, R
   scan.repair(a.cu_k, plan.key_token_begin, a.batch, a.compressed ? INT_MAX : plan.total_k);
   const int32_t* tokens = plan.key_token_begin;
   if (a.compressed) {
-    scan.sum_before(a.batch, plan.key_begin, [&](int b) {
-      return num_compressed(tokens[b + 1] - tokens[b], a.kernel_size, a.kernel_stride);
-    });
+    scan.sum_before(a.batch, plan.key_begin,
+                    [&](int b) { return num_compressed(tokens[b + 1] - tokens[b], a.kernel_size, a.kernel_stride); });
     for (int b = threadIdx.x; b <= a.batch; b += kSequenceThreads)
       plan.key_begin[b] = min(plan.key_begin[b], plan.total_k);
   } else {
@@ -151,7 +150,8 @@ void choose_chunks(const RangeAttentionProblem& p, RangePlan& plan) {
   int64_t chunk = divide_up(p.seqlen_q, kChunks);
   if (chunk < shortest) chunk = shortest;
   if (p.mask == RangeMask::kWindow) {  // a short run stays whole
-    const int64_t run = (p.causal ? 1 : 2) * (p.window_size < kFar ? p.window_size : kFar) + 16 * plan.key_units.alignment;
+    const int64_t run =
+        (p.causal ? 1 : 2) * (p.window_size < kFar ? p.window_size : kFar) + 16 * plan.key_units.alignment;
     if (run <= 2 * chunk) chunk = INT_MAX;
   }
   const int64_t chunks = divide_up(p.seqlen_q, chunk);

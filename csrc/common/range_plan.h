@@ -1,7 +1,7 @@
 // Who sees whom in range attention (compressed and sliding-window branch), as data: the kernels know no other mask.
 //
-// A query row sees one run of k rows, and a k row is seen by one run of q rows. Both ends of both runs only grow along a
-// sequence, so the runs of a tile's first and last row bound those of all its rows. No tile straddles sequences.
+// A query row sees one run of k rows, and a k row is seen by one run of q rows. Both ends of both runs only grow along
+// a sequence, so the runs of a tile's first and last row bound those of all its rows. No tile straddles sequences.
 #pragma once
 
 #include "common/plan.h"

@@ -13,8 +13,7 @@ __device__ __forceinline__ void store_output(const cuda::RangeForwardArgs& a, co
   const float total = softmax.row_sum(r);
   char* to = real ? a.o.at(token, head) : nullptr;
   store_row_wide<Element, kDv>(to, real, softmax.o, r, total == 0.f ? 0.f : 1.f / total, lane);
-  if (real && a.lse.data && (lane & 3) == 0)
-    *reinterpret_cast<float*>(a.lse.at(token, head)) = softmax.lse(r, total);
+  if (real && a.lse.data && (lane & 3) == 0) *reinterpret_cast<float*>(a.lse.at(token, head)) = softmax.lse(r, total);
 }
 
 }  // namespace nsa::device

@@ -32,8 +32,8 @@ struct RowOperand<kDim, false> {
   uint32_t at;
   int lane;
   template <typename Queries>
-  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t to, int warp,
-                                        int lane_) {
+  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t to,
+                                        int warp, int lane_) {
     constexpr int kChunks = Tile<kDim>::kChunks;
     at = to;
     lane = lane_;

@@ -17,8 +17,8 @@ __device__ __forceinline__ void store_range_sums(const cuda::RangeBackwardArgs& 
     const int key = first + lane / 4 + 8 * r;
     if (key >= item.keys) continue;
     if (item.partial >= 0) {
-      float* row = a.partials +
-                   (static_cast<int64_t>(item.partial) * Config::kKeys + key) * (Config::kDk + Config::kDv);
+      float* row =
+          a.partials + (static_cast<int64_t>(item.partial) * Config::kKeys + key) * (Config::kDk + Config::kDv);
       store_partial<Config::kDkColumns>(row + dk_column, sums.dk, r, lane);
       store_partial<Config::kDvColumns>(row + Config::kDk + dv_column, sums.dv, r, lane);
       continue;

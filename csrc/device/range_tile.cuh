@@ -42,10 +42,10 @@ struct RunOfUnit {
 template <int kRows>
 struct RangeQueries {
   bool real;
-  int head;                              // kv head
-  int first_token, end_token;            // of the tile's first row; behind the sequence
-  int first_group;                       // head in group of the first row
-  int first, end;                        // k rows that any row sees
+  int head;                               // kv head
+  int first_token, end_token;             // of the tile's first row; behind the sequence
+  int first_group;                        // head in group of the first row
+  int first, end;                         // k rows that any row sees
   int first_of_all, end_of_all, run_end;  // ... that every row sees; behind the sequence's keys
 
   struct Row {
@@ -74,8 +74,8 @@ struct RangeQueries {
     end = high.y;
     first_of_all = high.x;
     end_of_all = low.y;
-    run_end = plan.units.unit_begin ? __ldg(plan.key_units.token_begin + run.run + 1)
-                                    : run.run * plan.run_k + plan.run_keys;
+    run_end =
+        plan.units.unit_begin ? __ldg(plan.key_units.token_begin + run.run + 1) : run.run * plan.run_k + plan.run_keys;
   }
 
   // Through shared memory (kInfoBytes), from the warp that found the tile to those that work on it.
@@ -133,12 +133,12 @@ struct RangeVisibility {
 // kKeys keys of one sequence and kv head, and one chunk of the query rows that see any of them.
 template <int kKeys>
 struct RangeItem {
-  bool exists;           // the tile does
-  bool real;             // ... and sees rows of this chunk, or none at all and this is its chunk 0
-  int head;              // kv head
-  int first_key, keys;   // k rows
-  int begin, tokens;     // q rows of this item
-  int partial;           // partial tile; -1: the run is in one piece
+  bool exists;                      // the tile does
+  bool real;                        // ... and sees rows of this chunk, or none at all and this is its chunk 0
+  int head;                         // kv head
+  int first_key, keys;              // k rows
+  int begin, tokens;                // q rows of this item
+  int partial;                      // partial tile; -1: the run is in one piece
   int first_partial, num_partials;  // of the whole tile
 
   __device__ __forceinline__ RangeItem(const cuda::RangePlan& plan, int head_, int tile, int chunk) : head(head_) {

@@ -34,7 +34,8 @@ struct OnlineSoftmax {
     exponentiate(s, scale_log2);
   }
 
-  // The steps of update(). True: the maximum moved, and O has to be rescaled by `factor` before anything is added to it.
+  // The steps of update(). True: the maximum moved, and O has to be rescaled by `factor` before anything is added to
+  // it.
   template <typename Sees, int kColumns>
   __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], const Sees& sees, float& scale_log2, int lane,
                                                  float (&factor)[2]) {

@@ -6,9 +6,9 @@
 
 namespace nsa::sm80::range_dkdv {
 
-// A CTA owns 64 keys and takes a chunk of the query rows that see them, kRows a stage, in slices of 32 (16). Its 8 warps
-// are laid out over (16 keys) x 2: slices in turn, whose sums are added up at the end; with head dim 256 the column
-// halves of dK and dV.
+// A CTA owns 64 keys and takes a chunk of the query rows that see them, kRows a stage, in slices of 32 (16). Its 8
+// warps are laid out over (16 keys) x 2: slices in turn, whose sums are added up at the end; with head dim 256 the
+// column halves of dK and dV.
 //
 // Registers a thread, of 255: dK and dV (Dk + Dv) / (2 kSplit) + S and dP kSlice + about 65.
 //   (64, 64) 64 + 32 + 65 = 161   (128, 128) 128 + 32 + 65 = 225   (192, 128) 160 + 16 + 65 = 241

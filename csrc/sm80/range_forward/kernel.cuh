@@ -1,8 +1,8 @@
 // o and lse of range attention: a CTA of query rows walks the run of keys that they see.
 #pragma once
 
-#include "device/range_rows.cuh"
 #include "device/range_output.cuh"
+#include "device/range_rows.cuh"
 #include "sm80/range_forward/config.h"
 
 namespace nsa::sm80::range_forward {

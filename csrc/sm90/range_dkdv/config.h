@@ -6,11 +6,12 @@
 
 namespace nsa::sm90::range_dkdv {
 
-// A CTA owns 128 keys, 64 a consumer warpgroup, and a producer warp brings the query rows of an item, kRows a stage. With
-// head dim 256 it owns 64 keys: the warpgroups own half of the columns of dK and dV each, and both compute S and dP.
+// A CTA owns 128 keys, 64 a consumer warpgroup, and a producer warp brings the query rows of an item, kRows a stage.
+// With head dim 256 it owns 64 keys: the warpgroups own half of the columns of dK and dV each, and both compute S and
+// dP.
 //
-// Registers a thread, of 240: dK and dV (Dk + Dv) / (2 kSplit), S and dP kRows, one of P^T and dS^T kRows / 4, and about
-// 25 more.
+// Registers a thread, of 240: dK and dV (Dk + Dv) / (2 kSplit), S and dP kRows, one of P^T and dS^T kRows / 4, and
+// about 25 more.
 //   (64, 64) 64 + 64 + 16   (128, 128) 128 + 64 + 16   (192, 128) 160 + 32 + 8   (256, 256) 128 + 32 + 8
 template <typename Element_, int kDk_, int kDv_>
 struct Config {

@@ -138,8 +138,6 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
       device::publish_zeros(warpgroup);
     }
     device::fence_shared_for_wgmma();
-    device::wgmma_wait<1>();  // dV of the last stage: P's registers are free
-    device::hold(sums.dv);
     device::wgmma_fence();
     device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
     device::wgmma_commit();
@@ -147,27 +145,32 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     device::wgmma_commit();
     device::wgmma_wait<1>();
     device::hold(p);
+    device::hold(sums.dv);
     device::hold(sums.dk);
     if (last >= 0) release(shared.empty(last), lane);
     const bool masked = first < seen.first_of_all || first + kRows > seen.end_of_all;
     device::RowVisibility sees = {};
     if (masked) sees.fetch(sees_at);
     device::range_probabilities(p, stage + Config::kStats, first, sees, masked, a.scale_log2, lane);
+    device::wgmma_wait<0>();
+    device::hold(ds);
+    device::range_gradients(p, ds, stage + Config::kStats, first, sees, masked, lane);
     device::round_to_operand<Element, kRows>(p_operand, p);
+    device::round_to_operand<Element, kRows>(ds_operand, ds);
     device::hold(sums.dv);
+    device::hold(sums.dk);
     device::wgmma_fence();
     device::start_columns<Element, kRows, Config::kDvColumns>(
         sums.dv, p_operand, stage + Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes);
-    device::wgmma_commit();
-    device::wgmma_wait<1>();
-    device::hold(ds);
-    device::range_gradients(p, ds, stage + Config::kStats, first, sees, masked, lane);
-    device::round_to_operand<Element, kRows>(ds_operand, ds);
-    device::hold(sums.dk);
-    device::wgmma_fence();
+    if constexpr (Config::kDk == 128) device::wgmma_commit();
     device::start_columns<Element, kRows, Config::kDkColumns>(
         sums.dk, ds_operand, stage + half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes);
     device::wgmma_commit();
+    // (128, 128) hasn't the registers to let both products run on
+    if constexpr (Config::kDk == 128) {
+      device::wgmma_wait<1>();
+      device::hold(sums.dv);
+    }
     last = shared.stage;
     shared.advance();
   }

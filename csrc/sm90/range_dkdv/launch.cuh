@@ -17,8 +17,8 @@ Status launch(const cuda::RangeBackwardArgs& a, const cuda::Launch& device) {
   if (status.ok() && a.plan.total_q > 0) {
     status = cuda::make_group_map(kWhat, a.q, a.plan.total_q, heads, Config::kDk, a.group, Config::kRows, &maps.q);
     if (status.ok()) {
-      status = cuda::make_group_map(kWhat, a.dout, a.plan.total_q, heads, Config::kDv, a.group, Config::kRows,
-                                    &maps.dout);
+      status =
+          cuda::make_group_map(kWhat, a.dout, a.plan.total_q, heads, Config::kDv, a.group, Config::kRows, &maps.dout);
     }
   }
   if (!status.ok()) return status;

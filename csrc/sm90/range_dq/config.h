@@ -3,6 +3,9 @@
 
 #include "common/range_args.h"
 #include "device/tile.cuh"
+#ifndef RANGE_DQ_KEYS
+#define RANGE_DQ_KEYS 96
+#endif
 
 namespace nsa::sm90::range_dq {
 
@@ -14,7 +17,7 @@ template <typename Element_, int kDk_, int kDv_>
 struct Config {
   using Element = Element_;
   static constexpr int kDk = kDk_, kDv = kDv_;
-  static constexpr int kKeys = kDk == 256 ? 32 : kDk == 128 ? NSA_DQK : 64;  // a stage
+  static constexpr int kKeys = kDk == 256 ? 32 : kDk == 128 ? RANGE_DQ_KEYS : 64;  // a stage
   static constexpr int kUnits = cuda::range_tiles(Backend::kSm90, true, kDk).query_units;
   static constexpr int kRows = 16 * kUnits;
   static constexpr int kConsumers = 32 * kUnits, kThreads = kConsumers + 128;

@@ -1,11 +1,12 @@
-// o and lse of range attention on Hopper: persistent CTAs of 128 query rows, keys and queries by TMA, products by wgmma.
+// o and lse of range attention on Hopper: persistent CTAs of 128 query rows, keys and queries by TMA, products by
+// wgmma.
 //
 // Each warpgroup issues the scores of the next stage, then P V of this one, and computes the next P while the latter
 // runs; the two warpgroups take turns at issuing, so that one computes P while the other's products run.
 #pragma once
 
-#include "device/range_tma.cuh"
 #include "device/range_output.cuh"
+#include "device/range_tma.cuh"
 #include "sm90/range_forward/config.h"
 
 namespace nsa::sm90::range_forward {

@@ -19,8 +19,8 @@ Status launch(const cuda::RangeForwardArgs& a, const cuda::Launch& device) {
       status = cuda::make_tensor_map(kWhat, a.v, a.plan.total_k, a.num_heads_k, Config::kDv, Config::kKeys, &maps.v);
   }
   if (!status.ok()) return status;
-  return cuda::launch_kernel(kWhat, kernel<Config>, dim3(all < device.num_sms ? all : device.num_sms),
-                             Config::kThreads, Config::kSharedBytes, device.stream, a, maps, tiles);
+  return cuda::launch_kernel(kWhat, kernel<Config>, dim3(all < device.num_sms ? all : device.num_sms), Config::kThreads,
+                             Config::kSharedBytes, device.stream, a, maps, tiles);
 }
 
 }  // namespace nsa::sm90::range_forward
