@@ -118,24 +118,18 @@ def test_inputs_that_need_no_gradient(call: Callable[..., Any]):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_native_takes_every_backend_of_the_selected_branch(packed: bool, monkeypatch: pytest.MonkeyPatch):
-    """`backend` reaches selected_attention."""
-    asked = []
-
-    def spy(*arguments: Any, backend: str | None, **options: Any) -> Any:
-        asked.append(backend)
-        return reference.selected_attention(*arguments, **options)
-
-    monkeypatch.setattr("nsa_cuda.attention.selected_attention", spy)
+def test_native_takes_every_backend(packed: bool):
     x = inputs()
     options: dict[str, Any] = {}
     if packed:
         x = {name: tensor.flatten(0, 1) for name, tensor in x.items()}
         offsets = torch.tensor([0, T, 2 * T], dtype=torch.int32)
         options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-    for backend in (None, "cpu", "reference"):
-        native(x, backend=backend, **options)
-    assert asked == [None, "cpu", "reference"]
+    by_reference = native(x, backend="reference", **options)
+    for backend in (None, "cpu"):
+        torch.testing.assert_close(native(x, backend=backend, **options), by_reference)
+    with pytest.raises(ValueError, match="backend is sm80, which runs on cuda"):
+        native(x, backend="sm80", **options)
 
 
 # -------------------------------------------------------------------------------------------- refusals

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import nsa_cuda
 import torch
@@ -23,100 +22,63 @@ class ModelConfig:
     block_size: int = 32  # l', bytes in one selected block
     topk: int = 8  # n, blocks a query selects
     window_size: int = 64  # w
+    rotary_dim: int | None = None  # dims of a head that RoPE turns; None: all
 
 
-def rope(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotates the halves of ``x`` ``[B, T, H, D]`` by angles that grow with ``positions`` ``[T]``."""
-    half = x.shape[-1] // 2
+def rope(x: Tensor, positions: Tensor, rotary_dim: int | None, base: float = 10000.0) -> Tensor:
+    """Turns the first ``rotary_dim`` dims of ``x`` ``[B, T, H, D]`` by angles that grow with ``positions`` ``[T]``."""
+    half = (rotary_dim or x.shape[-1]) // 2
     frequencies = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angles = positions.to(torch.float32)[:, None, None] * frequencies  # [T, 1, half]
     cos, sin = angles.cos(), angles.sin()
-    a, b = x.float().split(half, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
 
 
-class _Projections(nn.Module):
-    """What both attentions share: q, k, v in, o out."""
+class DenseAttention(nn.Module):
+    """Causal grouped-query attention over all keys (torch's scaled_dot_product_attention)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.q = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
-        self.k = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.v = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x ``[B, T, width]`` -> q ``[B, T, Hq, D]``, k and v ``[B, T, Hkv, D]``, all without RoPE; q and k normed."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        q, k, v = self.q(x).view(heads), self.k(x).view(heads), self.v(x).view(heads)
-        # Norms keep the scores small while the learning rate is high; the dtype is v's under autocast too.
-        dims = (self.config.head_dim,)
-        return F.rms_norm(q, dims).to(v.dtype), F.rms_norm(k, dims).to(v.dtype), v
-
-
-class DenseAttention(_Projections):
-    """Causal grouped-query attention over all keys (torch's scaled_dot_product_attention)."""
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.kv_heads * config.head_dim, bias=False)
+        self.q_norm, self.k_norm = nn.RMSNorm(config.head_dim), nn.RMSNorm(config.head_dim)
+        self.o_proj = nn.Linear(config.heads * config.head_dim, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
+        """[B, T, width] -> [B, T, width]."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
         positions = torch.arange(x.shape[1], device=x.device)
-        q, k = rope(q, positions), rope(k, positions)
+        # The dtype is v's under autocast too, which takes norms to float32.
+        q, k = self.q_norm(q.float()), self.k_norm(k.float())
+        q, k = (rope(y, positions, self.config.rotary_dim).to(v.dtype) for y in (q, k))
         group = self.config.heads // self.config.kv_heads
         k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
         o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        return self.out(o.transpose(1, 2).flatten(2))
+        y: Tensor = self.o_proj(o.transpose(1, 2).flatten(2))
+        return y
 
 
-class SparseAttention(_Projections):
-    """NSA: o = g_cmp o_cmp + g_slc o_slc + g_win o_win, the gates a sigmoid of a linear map of x."""
+def sparse_attention(config: ModelConfig) -> nsa_cuda.nn.NativeSparseAttention:
+    """NSA with one k and v for all branches, so that it has the size of its dense twin but for compression and gates.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        sizes: dict[str, Any] = {
-            "kernel_size": config.kernel_size,
-            "kernel_stride": config.kernel_stride,
-            "hidden_dim": config.head_dim,
-        }
-        self.compress_k = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
-        self.compress_v = nsa_cuda.nn.MLPCompression(config.kv_heads, config.head_dim, **sizes)
-        self.gates = nn.Linear(config.width, config.heads * 3)
-
-    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v of the selected and window branches, k_cmp and v_cmp ``[B, Nc, Hkv, D]``."""
-        q, k, v = self.project(x)
-        positions = torch.arange(x.shape[1], device=x.device)
-        # Compression reads k before RoPE; compressed key i then stands at the first byte of its window, i * d.
-        k_cmp, v_cmp = self.compress_k(k), self.compress_v(v)
-        k_cmp = rope(k_cmp, torch.arange(k_cmp.shape[1], device=x.device) * self.config.kernel_stride)
-        return rope(q, positions), rope(k, positions), v, k_cmp, v_cmp
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v, k_cmp, v_cmp = self._inputs(x)
-        gates = torch.sigmoid(self.gates(x)).unflatten(-1, (self.config.heads, 3))  # [B, T, Hq, 3]
-        c = self.config
-        o = nsa_cuda.native_sparse_attention(
-            q, k, v, gates, k_cmp=k_cmp, v_cmp=v_cmp, kernel_size=c.kernel_size, kernel_stride=c.kernel_stride,
-            block_size=c.block_size, topk=c.topk, window_size=c.window_size,
-        )  # fmt: skip
-        return self.out(o.flatten(2))
-
-    @torch.no_grad()
-    def selected_blocks(self, x: Tensor) -> Tensor:
-        """The block lists that ``forward`` uses: int32 ``[B, T, Hkv, n]``, padded with -1."""
-        q, _, _, k_cmp, v_cmp = self._inputs(x)
-        sizes: dict[str, Any] = {"kernel_size": self.config.kernel_size, "kernel_stride": self.config.kernel_stride}
-        _, lse = nsa_cuda.compressed_attention(q, k_cmp, v_cmp, **sizes, return_lse=True)
-        blocks: Tensor = nsa_cuda.select_blocks(
-            q, k_cmp, lse, **sizes, block_size=self.config.block_size, topk=self.config.topk
-        )
-        return blocks
+    Norms keep the scores small while the learning rate is high.
+    """
+    return nsa_cuda.nn.NativeSparseAttention(
+        config.width, config.heads, config.kv_heads, head_dim=config.head_dim, kernel_size=config.kernel_size,
+        kernel_stride=config.kernel_stride, block_size=config.block_size, topk=config.topk,
+        window_size=config.window_size, rotary_dim=config.rotary_dim, shared_kv=True, qk_norm=True,
+        compression_options={"hidden_dim": config.head_dim},
+    )  # fmt: skip
 
 
 class Layer(nn.Module):
     """Attention and a two-layer MLP, each after a norm and added to the stream ``[B, T, width]``."""
 
-    def __init__(self, config: ModelConfig, attention: SparseAttention | DenseAttention) -> None:
+    def __init__(self, config: ModelConfig, attention: nsa_cuda.nn.NativeSparseAttention | DenseAttention) -> None:
         super().__init__()
         self.norm_attention, self.norm_mlp = nn.RMSNorm(config.width), nn.RMSNorm(config.width)
         self.attention = attention
@@ -155,7 +117,7 @@ class ByteModel(nn.Module):
     def __init__(self, config: ModelConfig, sparse: bool) -> None:
         super().__init__()
         self.config = config
-        attention = SparseAttention if sparse else DenseAttention
+        attention = sparse_attention if sparse else DenseAttention
         self.embed = ByteEmbedding(config.width)
         self.layers = nn.ModuleList(Layer(config, attention(config)) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width)
@@ -167,16 +129,17 @@ class ByteModel(nn.Module):
         nn.init.zeros_(self.head.weight)
         for layer in self._layers():
             nn.init.zeros_(layer.down.weight)
-            nn.init.zeros_(layer.attention.out.weight)
+            nn.init.zeros_(layer.attention.o_proj.weight)
 
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.layers if isinstance(layer, Layer)]
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, at: Tensor | None = None) -> Tensor:
+        """Logits of the bytes that follow: [B, T, 256], or [B, len(at), 256] after the positions ``at`` alone."""
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x)
-        logits: Tensor = self.head(self.norm(x))
+        logits: Tensor = self.head(self.norm(x if at is None else x[:, at]))
         return logits
 
     @torch.no_grad()
@@ -184,7 +147,7 @@ class ByteModel(nn.Module):
         """Block lists of one layer for ``tokens`` ``[B, T]``: int32 ``[B, T, Hkv, n]`` (sparse models only)."""
         layers = self._layers()
         chosen = layers[layer_index]
-        if not isinstance(chosen.attention, SparseAttention):
+        if not isinstance(chosen.attention, nsa_cuda.nn.NativeSparseAttention):
             raise TypeError("only a sparse model selects blocks")
         x = self.embed(tokens)
         for layer in layers[: layers.index(chosen)]:

@@ -58,13 +58,14 @@ def make_run(name: str, model: ByteModel, learning_rate: float) -> Run:
     return Run(name, model, torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98)))
 
 
-def _autocast(device: torch.device) -> torch.autocast:
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU; the parameters stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def bits_per_byte(model: nn.Module, windows: Tensor) -> Tensor:
     """Mean over all bytes of windows ``[B, T + 1]``: a scalar, differentiable."""
-    with _autocast(windows.device):
+    with autocast(windows.device):
         logits = model(windows[:, :-1])
     return F.cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten()) / _LN2
 
@@ -154,7 +155,7 @@ def held_out_windows(corpus: Corpus, config: TrainConfig, count: int) -> Tensor:
 @torch.no_grad()
 def blocks_selected(model: ByteModel, windows: Tensor) -> Tensor:
     """The last layer's block lists for windows ``[B, T + 1]``: int32 ``[B, T, Hkv, n]`` on the CPU."""
-    with _autocast(windows.device):
+    with autocast(windows.device):
         return model.selected_blocks(windows[:, :-1]).cpu()
 
 
@@ -164,7 +165,7 @@ def generate(model: ByteModel, prompt: bytes, count: int, config: TrainConfig, t
     generator = torch.Generator().manual_seed(config.seed)
     tokens = torch.tensor([list(prompt)], device=config.device)
     for _ in range(count):
-        with _autocast(config.device):
+        with autocast(config.device):
             logits = model(tokens[:, -config.context :])[0, -1]
         weights = torch.softmax(logits.float().cpu() / temperature, dim=-1)
         drawn = torch.multinomial(weights, 1, generator=generator).to(config.device)

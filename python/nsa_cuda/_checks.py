@@ -7,7 +7,7 @@ was and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -284,3 +284,23 @@ def compression_input(x: Tensor, offsets: Tensor | None, num_heads: int, head_di
         cu_seqlens("cu_seqlens", offsets)
         if offsets.device != x.device:
             raise ValueError(f"cu_seqlens: must be on x's device {x.device}, was on {offsets.device}")
+
+
+def backend(name: str | None, known: Collection[str | None], q: Tensor) -> None:
+    """One of the known backends, which run on cpu and cuda, or "reference"."""
+    if name != "reference" and name not in known:
+        allowed = ", ".join(repr(x) for x in (*known, "reference"))
+        raise ValueError(f"backend: must be one of {allowed}, was {name!r}")
+    if name != "reference" and q.device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"
+        )
+
+
+def same_heads(suffix: str, k_branch: Tensor, v_branch: Tensor, k: Tensor, v: Tensor) -> None:
+    """Keys and values of a branch have the heads of k and the head dim of v."""
+    for name, x, y, letters in (("k", k_branch, k, "Hkv and Dk"), ("v", v_branch, v, "Hkv and Dv")):
+        if x.shape[-2:] != y.shape[-2:]:
+            raise ValueError(
+                f"{name}{suffix}: {letters} must be {name}'s {list(y.shape[-2:])}, were {list(x.shape[-2:])}"
+            )

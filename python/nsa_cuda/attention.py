@@ -31,7 +31,6 @@ ImportError where the compiled module is missing.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -39,6 +38,7 @@ from torch import Tensor
 
 from nsa_cuda import _checks, _debug, _ops, _range_ops, reference
 from nsa_cuda._debug import debug_checks
+from nsa_cuda._native import native_sparse_attention
 from nsa_cuda._tensors import autocast, differentiable_once
 from nsa_cuda.reference import compressed_cu_seqlens
 
@@ -53,16 +53,6 @@ __all__ = [
 ]
 
 Backend = Literal["reference", "cpu", "sm80", "sm90"]
-
-
-def _check_backend(backend: str | None, q: Tensor) -> None:
-    if backend != "reference" and backend not in _ops.BACKENDS:
-        allowed = ", ".join(repr(name) for name in (*_ops.BACKENDS, "reference"))
-        raise ValueError(f"backend: must be one of {allowed}, was {backend!r}")
-    if backend != "reference" and q.device.type not in ("cpu", "cuda"):
-        raise NotImplementedError(
-            f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"
-        )
 
 
 def _offsets(q_offset: int | Tensor | None) -> tuple[Tensor | None, int | None]:
@@ -121,7 +111,7 @@ def selected_attention(
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     _checks.integer(block_size=block_size)
     softmax_scale = _checks.given_scale(softmax_scale, scale)
-    _check_backend(backend, q)
+    _checks.backend(backend, _ops.BACKENDS, q)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
         q, k, v = differentiable_once(q, k, v)
@@ -188,7 +178,7 @@ def compressed_attention(
     _checks.compression(kernel_size, kernel_stride)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     softmax_scale = _checks.given_scale(softmax_scale, scale)
-    _check_backend(backend, q)
+    _checks.backend(backend, _ops.BACKENDS, q)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
         return reference.compressed_attention(
@@ -263,7 +253,7 @@ def select_blocks(
     _checks.integer(block_size=block_size, topk=topk, init_blocks=init_blocks, local_blocks=local_blocks)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     softmax_scale = _checks.given_scale(softmax_scale, scale)
-    _check_backend(backend, q)
+    _checks.backend(backend, _ops.BACKENDS, q)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, None)
         return reference.select_blocks(
@@ -320,7 +310,7 @@ def sliding_window_attention(
     _checks.integer(window_size=window_size)
     _checks.q_offset(q_offset, q, _checks.batch_size(q, cu_seqlens_q))
     softmax_scale = _checks.given_scale(softmax_scale, scale)
-    _check_backend(backend, q)
+    _checks.backend(backend, _ops.BACKENDS, q)
     if backend == "reference":
         _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
         return reference.sliding_window_attention(
@@ -332,69 +322,3 @@ def sliding_window_attention(
         softmax_scale, _ops.BACKENDS[backend],
     )  # fmt: skip
     return (o, lse) if return_lse else o
-
-
-def native_sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tensor,
-    *,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    k_win: Tensor | None = None,
-    v_win: Tensor | None = None,
-    block_indices: Tensor | None = None,
-    block_counts: int | Tensor | None = None,
-    kernel_size: int = 32,
-    kernel_stride: int = 16,
-    block_size: int = 64,
-    topk: int = 16,
-    init_blocks: int = 1,
-    local_blocks: int = 2,
-    window_size: int = 512,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    scale: float | None = None,
-    q_offset: int | Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    recompute: bool = False,
-    backend: Backend | None = None,
-) -> Tensor:
-    """The whole of NSA: o = sum over the branches c of g_c * o_c (the paper's eq. 5).
-
-    The branches are compressed attention, selected attention and the sliding window. The selected one runs the
-    compiled kernel of `backend`, the others plain PyTorch. A branch's dead rows add nothing, whatever their gates.
-
-    Args:
-        q: [B, Tq, Hq, Dk] or [total_q, Hq, Dk].
-        k, v: keys and values of the selected branch, as in `selected_attention`.
-        gates: [B, Tq, Hq, 3] or [total_q, Hq, 3], any floating dtype, in the order (compressed, selected, window),
-            applied as given: the caller passes them through its sigmoid.
-        k_cmp, v_cmp: the compressed branch's, as in `compressed_attention`; they come from Tk tokens.
-        k_win, v_win: the window branch's, shaped like k and v; None shares k and v.
-        block_indices, block_counts: the lists to attend to, as in `selected_attention`; None selects them by
-            `select_blocks` with `topk`, `init_blocks` and `local_blocks`.
-        kernel_size, kernel_stride, block_size, window_size: l, d, l', w in tokens.
-        recompute: keep only the inputs for the backward, which computes the branches again.
-        backend: None, "cpu", "sm80", "sm90" for the selected branch, or "reference" for all.
-        The rest: see the module.
-
-    Returns:
-        o [B, Tq, Hq, Dv] or [total_q, Hq, Dv] in q's dtype.
-    """
-    _check_backend(backend, q)
-    q, k, v, k_cmp, v_cmp, k_win, v_win = autocast(q, k, v, k_cmp, v_cmp, k_win, v_win)
-    _checks.attention_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_offsets(cu_seqlens_q, q.shape[0], cu_seqlens_k, k.shape[0])
-    q, k, v, gates, k_cmp, v_cmp, k_win, v_win = differentiable_once(q, k, v, gates, k_cmp, v_cmp, k_win, v_win)
-    return reference.native_sparse_attention(
-        q, k, v, gates, k_cmp=k_cmp, v_cmp=v_cmp, k_win=k_win, v_win=v_win, block_indices=block_indices,
-        block_counts=block_counts, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size,
-        topk=topk, init_blocks=init_blocks, local_blocks=local_blocks, window_size=window_size, causal=causal,
-        softmax_scale=softmax_scale, scale=scale, q_offset=q_offset, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, recompute=recompute, selected=partial(selected_attention, backend=backend),
-    )  # fmt: skip

@@ -16,7 +16,7 @@ from nsa_cuda.reference.compression import num_compressed
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Rows packed per sequence: row r belongs to sequence[r]; rows past the last sequence are not valid."""
 
     sequence: Tensor  # int64 [rows]
@@ -24,10 +24,10 @@ class _Rows:
     valid: Tensor  # bool [rows]
 
     @staticmethod
-    def of(cu_rows: Tensor, number: int) -> _Rows:
+    def of(cu_rows: Tensor, number: int) -> Rows:
         row = torch.arange(number, device=cu_rows.device)
         sequence = (torch.searchsorted(cu_rows, row, right=True) - 1).clamp(0, max(0, len(cu_rows) - 2))
-        return _Rows(sequence, row - cu_rows[sequence], row < cu_rows[-1])
+        return Rows(sequence, row - cu_rows[sequence], row < cu_rows[-1])
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Windows:
         if number == 0 or len(self.cu_seqlens) < 2:
             return x.new_zeros((number, d, *x.shape[1:]))
         offsets = self._offsets(len(x))
-        rows = _Rows.of(self._segment_offsets(offsets), number)
+        rows = Rows.of(self._segment_offsets(offsets), number)
         token = (offsets[rows.sequence] + rows.index * d)[:, None] + torch.arange(d, device=x.device)
         # Past the end of the last sequence tokens may hold anything: nothing of it may reach a product.
         return x[token.clamp(0, len(x) - 1)].masked_fill(~rows.valid[:, None, None, None], 0.0)
@@ -81,9 +81,9 @@ class Windows:
             out = out + parts[(first + c).clamp(0, number - 1), c]
         return out
 
-    def _windows(self, total: int, number: int) -> _Rows:
+    def _windows(self, total: int, number: int) -> Rows:
         offsets = self._offsets(total).to(torch.int32)
-        return _Rows.of(compressed_cu_seqlens(offsets, self.kernel_size, self.kernel_stride).long(), number)
+        return Rows.of(compressed_cu_seqlens(offsets, self.kernel_size, self.kernel_stride).long(), number)
 
     def zero_past_end(self, rows: Tensor, total: int) -> Tensor:
         """Packed: zeroes the rows [total // d, Hkv, D] from the last window on."""

@@ -38,9 +38,14 @@ class _Compression(Module):
         self.kernel_size, self.kernel_stride = kernel_size, kernel_stride
         if position_embedding:
             shape = (kernel_size, num_heads, head_dim)
-            self.position = Parameter(torch.zeros(shape, device=device, dtype=dtype))
+            self.position = Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.register_parameter("position", None)
+
+    def reset_parameters(self) -> None:
+        """Starting values, also of parameters made on the meta device."""
+        if self.position is not None:
+            torch.nn.init.zeros_(self.position)
 
     def _windows(self, x: Tensor, cu_seqlens: Tensor | None) -> Windows:
         _checks.compression_input(x, cu_seqlens, self.num_heads, self.head_dim)
@@ -80,6 +85,7 @@ class MeanCompression(_Compression):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, head_dim, kernel_size, kernel_stride, position_embedding, device, dtype)
+        self.reset_parameters()
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         windows = self._windows(x, cu_seqlens)
@@ -110,7 +116,12 @@ class WeightedCompression(_Compression):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_heads, head_dim, kernel_size, kernel_stride, position_embedding, device, dtype)
-        self.weight = Parameter(torch.full((kernel_size, num_heads), 1.0 / kernel_size, device=device, dtype=dtype))
+        self.weight = Parameter(torch.empty((kernel_size, num_heads), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        torch.nn.init.constant_(self.weight, 1.0 / self.kernel_size)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         windows = self._windows(x, cu_seqlens)
@@ -134,15 +145,19 @@ class _WindowLinear(Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        # As torch.nn.Linear: uniform within 1 / sqrt(inputs).
-        bound = window_features**-0.5
-        weight = torch.empty((num_heads, window_features, out_features), device=device, dtype=dtype)
-        self.weight = Parameter(weight.uniform_(-bound, bound))
+        self.weight = Parameter(torch.empty((num_heads, window_features, out_features), device=device, dtype=dtype))
         if bias:
-            initial = torch.empty((num_heads, out_features), device=device, dtype=dtype)
-            self.bias: Parameter | None = Parameter(initial.uniform_(-bound, bound))
+            self.bias: Parameter | None = Parameter(torch.empty((num_heads, out_features), device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As torch.nn.Linear: uniform within 1 / sqrt(inputs)."""
+        bound = self.weight.shape[1] ** -0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            torch.nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor, windows: Windows, position: Tensor | None) -> Tensor:
         """[B, T, Hkv, D] -> [B, Nc, Hkv, Do]; packed without B."""
@@ -193,6 +208,11 @@ class LinearCompression(_Compression):
     ) -> None:
         super().__init__(num_heads, head_dim, kernel_size, kernel_stride, position_embedding, device, dtype)
         self.linear = _WindowLinear(num_heads, kernel_size * head_dim, out_dim or head_dim, bias, device, dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.linear.reset_parameters()
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         windows = self._windows(x, cu_seqlens)
@@ -229,14 +249,20 @@ class MLPCompression(_Compression):
         super().__init__(num_heads, head_dim, kernel_size, kernel_stride, position_embedding, device, dtype)
         hidden, out = hidden_dim or 4 * head_dim, out_dim or head_dim
         self.linear = _WindowLinear(num_heads, kernel_size * head_dim, hidden, bias, device, dtype)
-        bound = hidden**-0.5
-        self.weight2 = Parameter(
-            torch.empty((num_heads, hidden, out), device=device, dtype=dtype).uniform_(-bound, bound)
-        )
+        self.weight2 = Parameter(torch.empty((num_heads, hidden, out), device=device, dtype=dtype))
         if bias:
-            self.bias2: Parameter | None = Parameter(torch.zeros((num_heads, out), device=device, dtype=dtype))
+            self.bias2: Parameter | None = Parameter(torch.empty((num_heads, out), device=device, dtype=dtype))
         else:
             self.register_parameter("bias2", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.linear.reset_parameters()
+        bound = self.weight2.shape[1] ** -0.5
+        torch.nn.init.uniform_(self.weight2, -bound, bound)
+        if self.bias2 is not None:
+            torch.nn.init.zeros_(self.bias2)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         windows = self._windows(x, cu_seqlens)
