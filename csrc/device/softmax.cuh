@@ -28,9 +28,9 @@ struct OnlineSoftmax {
   // Before exponentiate(): follows the rows' maximum. Where sees says so, a score becomes -inf. Scores are scaled here
   // where scale_log2, which becomes 1, isn't positive: their maximum isn't the scaled maximum.
   // True: the maximum moved, and O must be multiplied by factor[row] before the new P is added.
-  template <typename Shape, int kColumns>
-  __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], float (&factor)[2],
-                                                 const Visibility<Shape>& sees, float& scale_log2, int lane) {
+  template <typename Sees, int kColumns>
+  __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], float (&factor)[2], const Sees& sees,
+                                                 float& scale_log2, int lane) {
     if (!(scale_log2 > 0.f)) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -102,16 +102,24 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      float total = sum[r];
-      total += __shfl_xor_sync(kFullWarp, total, 1);
-      total += __shfl_xor_sync(kFullWarp, total, 2);
+      const float total = row_sum(r);
       if (!row.real) continue;
       store_row<Element, kDv>(a.o.at(row.token, row.head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
       if (a.lse.data && (lane & 3) == 0) {
-        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) =
-            total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
+        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) = lse(r, total);
       }
     }
+  }
+
+  // Of row r, from all four of its lanes.
+  __device__ __forceinline__ float row_sum(int r) const {
+    float total = sum[r];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    return total;
+  }
+  __device__ __forceinline__ float lse(int r, float total) const {
+    return total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
   }
 };
 
