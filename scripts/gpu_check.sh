@@ -17,23 +17,33 @@ export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 summary=()
 failed=0
 
-# run NAME LIMIT COMMAND...: output to NAME.log and its end to the screen; one row of the table with the log's last line.
-run() {
-  local name=$1 limit=$2 start=$SECONDS status
+# start NAME LIMIT COMMAND...: output to NAME.log, status and seconds to NAME.status.
+start() {
+  local name=$1 limit=$2 begin=$SECONDS
   shift 2
-  printf '\n=== %s\n' "$name"
   timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1
-  status=$?
+  echo "$? $((SECONDS - begin)) $limit" >"$OUT/$name.status"
+}
+
+# report NAME: the log's end to the screen, one row of the table with its last line.
+report() {
+  local name=$1 status seconds limit verdict=passed
+  read -r status seconds limit <"$OUT/$name.status"
+  printf '\n=== %s\n' "$name"
   tail -n 15 "$OUT/$name.log"
-  local verdict=passed
   if ((status == 124 || status == 137)); then
     verdict="ran past $limit s"
   elif ((status)); then
     verdict="failed ($status)"
   fi
   ((status)) && failed=1
-  summary+=("$(printf '%-10s %-16s %5d s  %.80s' "$name" "$verdict" $((SECONDS - start)) "$(tail -n 1 "$OUT/$name.log")")")
-  return $status
+  summary+=("$(printf '%-10s %-16s %5d s  %.80s' "$name" "$verdict" "$seconds" "$(tail -n 1 "$OUT/$name.log")")")
+  return "$status"
+}
+
+run() {
+  start "$@"
+  report "$1"
 }
 
 build() {
@@ -46,14 +56,17 @@ build() {
     "${define[@]}" . && python3 -m nsa_cuda
 }
 
+# The tools side by side: each is bound by one CPU core.
 sanitize() {
-  local tool
-  for tool in memcheck racecheck initcheck; do
+  local tool tools=(memcheck racecheck initcheck synccheck)
+  for tool in "${tools[@]}"; do
     # Without torch's caching allocator, so that a byte past the end of a tensor is past the end of an allocation.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" "${SANITIZE_LIMIT:-900}" \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 start "$tool" "${SANITIZE_LIMIT:-900}" \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
-      python3 -m pytest -x -q -m sanitizer -p no:cacheprovider tests
+      python3 -m pytest -x -q -m sanitizer -p no:cacheprovider tests &
   done
+  wait
+  for tool in "${tools[@]}"; do report "$tool"; done
 }
 
 steps=("$@")

@@ -57,6 +57,8 @@ def checks_passed(output: str, what: str) -> int:
 
 def test_consumer_on_cpu(output: str) -> None:
     assert checks_passed(output, "api") >= 10, output
+    # Two masks with o, lse, dq, dk, dv, and a selection.
+    assert checks_passed(output, "ranges") >= 16, output
     # 4 dtypes x 3 head dims x 8 cases, each with o, lse and twice dq, dk, dv.
     assert checks_passed(output, "cpu") >= 96 * 8, output
 

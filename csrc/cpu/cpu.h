@@ -1,5 +1,4 @@
-// The CPU backend of selected attention: the readable form of what the CUDA kernels compute, and fast enough to train
-// with.
+// The CPU backend: the readable form of what the CUDA kernels compute, and fast enough to train with.
 //
 //   sequences     where each row stands: its sequence, its position, what it may see
 //   block_lists   the caller's lists, made ascending and unique once
@@ -7,7 +6,10 @@
 //   forward       for each query: scores, online softmax, P V
 //   dq            for each query: dS K
 //   inverted_index, dkdv   for each key block: P^T dO and dS^T Q over the queries that chose it
-//   kernels       products and row operations, compiled once per instruction set and chosen at run time
+//   ranges        range attention: which run of keys each query sees, tiles of queries
+//   range_forward, range_backward, range_pieces   each tile of queries against its run of keys
+//   select_blocks, block_ranking   the compressed branch's probabilities again, pooled to blocks and ranked as they
+//   come kernels       products and row operations, compiled once per instruction set and chosen at run time
 //
 // Every output element is computed by one thread in an order that depends on sizes alone: the same bits for any thread
 // count.
@@ -34,6 +36,11 @@ void selected_attention(const SelectedAttentionBackward& args);
 void gated_sum(const GatedSumForward& args);
 void gated_sum(const GatedSumBackward& args);
 
+// The terms that grow, with piece sums of at most 32 + 2 Hkv times R (Dk + Dv) bytes for each k row; in a window, of
+// R (Dk + Dv) Hkv (total_q + total_k) and 128 + 4 Hkv windows' worth:
+//   forward   R Hkv total_k (Dk + Dv)
+//   backward  R Hkv total_k (2 Dk + Dv) and the piece sums
+//   select    R Hkv total_k Dk; a thread holds the masses of (l + l') / d keys more than a chunk, and n ids, for a tile
 std::size_t workspace_bytes(const RangeAttentionForward& args);
 std::size_t workspace_bytes(const RangeAttentionBackward& args);
 void range_attention(const RangeAttentionForward& args);

@@ -7,7 +7,7 @@ namespace nsa::cpu {
 namespace {
 
 // Enough pieces of work for many threads, few enough that the partial sums of compressed attention, where a piece may
-// see every key, take at most 32 + Hkv times the memory of one kv head's dK and dV.
+// see every key, take at most 32 + 2 Hkv times the memory of one kv head's dK and dV.
 constexpr std::int64_t kPiecesOfWork = 32;
 // A shorter piece spends its time on adding up.
 constexpr std::int64_t kLeastQueries = 64;

@@ -156,12 +156,12 @@ __device__ __forceinline__ void round_to_operand(uint32_t (&a)[kColumns / 16][4]
   }
 }
 
-template <int kColumns>
-__device__ __forceinline__ void clear(float (&acc)[kColumns][4]) {
+template <typename T, int kColumns>
+__device__ __forceinline__ void clear(T (&acc)[kColumns][4]) {
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0;
   }
 }
 
@@ -173,6 +173,31 @@ __device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns 
   for (int n = 0; n < kColumns / 8; ++n) {
     *reinterpret_cast<uint32_t*>(to + 16 * n + 4 * (lane & 3)) =
         Half<Element>::pack(acc[n][2 * half] * scale, acc[n][2 * half + 1] * scale);
+  }
+}
+
+// The same in 16-byte pieces, which the four lanes of a row first trade; every lane of the warp calls it.
+template <typename Element, int kColumns>
+__device__ __forceinline__ void store_row_wide(char* to, bool real, const float (&acc)[kColumns / 8][4], int half,
+                                               float scale, int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; n += 4) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = Half<Element>::pack(acc[n + i][2 * half] * scale, acc[n + i][2 * half + 1] * scale);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? x[i] : x[i + 1], 1);
+      (odd ? x[i] : x[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other = __shfl_xor_sync(kFullWarp, high ? x[i] : x[i + 2], 2);
+      (high ? x[i] : x[i + 2]) = other;
+    }
+    if (real) *reinterpret_cast<uint4*>(to + 16 * n + 16 * (lane & 3)) = {x[0], x[1], x[2], x[3]};
   }
 }
 

@@ -14,7 +14,11 @@ namespace {
 constexpr const char* kCpuKernels[] = {
     "cpu.selected_forward.float64",   "cpu.selected_forward.float32",  "cpu.selected_forward.bfloat16",
     "cpu.selected_forward.float16",   "cpu.selected_backward.float64", "cpu.selected_backward.float32",
-    "cpu.selected_backward.bfloat16", "cpu.selected_backward.float16",
+    "cpu.selected_backward.bfloat16", "cpu.selected_backward.float16", "cpu.range_forward.float64",
+    "cpu.range_forward.float32",      "cpu.range_forward.bfloat16",    "cpu.range_forward.float16",
+    "cpu.range_backward.float64",     "cpu.range_backward.float32",    "cpu.range_backward.bfloat16",
+    "cpu.range_backward.float16",     "cpu.select_blocks.float64",     "cpu.select_blocks.float32",
+    "cpu.select_blocks.bfloat16",     "cpu.select_blocks.float16",
 };
 constexpr int kNumCpuKernels = static_cast<int>(std::size(kCpuKernels));
 

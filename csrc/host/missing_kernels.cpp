@@ -14,10 +14,6 @@ Status missing(const char* operation) {
 
 }  // namespace
 
-[[gnu::weak]] Status workspace_bytes(const RangeAttentionForward&, std::size_t*) { return missing("range attention"); }
-[[gnu::weak]] Status workspace_bytes(const RangeAttentionBackward&, std::size_t*) { return missing("range attention"); }
-[[gnu::weak]] Status range_attention(const RangeAttentionForward&) { return missing("range attention"); }
-[[gnu::weak]] Status range_attention(const RangeAttentionBackward&) { return missing("range attention"); }
 [[gnu::weak]] Status workspace_bytes(const BlockSelection&, std::size_t*) { return missing("block selection"); }
 [[gnu::weak]] Status select_blocks(const BlockSelection&) { return missing("block selection"); }
 

@@ -41,8 +41,9 @@ int report(const char* what, const Tally& tally) {
 
 int main() {
   std::printf("nsa_cuda %s\n", nsa::version());
-  Tally api, cpu;
+  Tally api, ranges, cpu;
   check_api(api);
+  check_ranges(ranges);
   for (const nsa::Dtype dtype :
        {nsa::Dtype::kFloat64, nsa::Dtype::kFloat32, nsa::Dtype::kBFloat16, nsa::Dtype::kFloat16}) {
     for (const auto& [head_dim_qk, head_dim_v] : {std::pair{64, 64}, {40, 24}, {7, 3}}) {
@@ -52,7 +53,7 @@ int main() {
       }
     }
   }
-  int failures = report("api", api) + report("cpu", cpu);
+  int failures = report("api", api) + report("ranges", ranges) + report("cpu", cpu);
 #ifdef WITH_CUDA_RUNTIME
   if (nsa::built_with_cuda() && has_gpu()) {
     Tally cuda;

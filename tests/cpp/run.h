@@ -30,6 +30,7 @@ void run_case(const Case& test, nsa::Dtype dtype, Memory& memory, Tally& tally);
 std::vector<Case> make_cases(std::int64_t head_dim_qk, std::int64_t head_dim_v);
 
 void check_api(Tally& tally);
+void check_ranges(Tally& tally);  // range attention and block selection, on the CPU
 
 #ifdef WITH_CUDA_RUNTIME
 bool has_gpu();
