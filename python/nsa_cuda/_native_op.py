@@ -153,9 +153,10 @@ class _Call:
         tokens = 0 if lists.cu_seqlens_k is not None else x.k.shape[1]
         positions = (lists.cu_seqlens_q, lists.cu_seqlens_k, lists.q_offsets, s.q_offset)
         selection = (s.block_size, s.topk, s.init_blocks, s.local_blocks)
+        backend = 0 if x.q.is_cuda else s.backend  # a family of attention kernels needn't have selected the blocks
         blocks: Tensor = select_blocks(
             x.q, x.k_cmp, lse, *positions, s.kernel_size, s.kernel_stride, tokens, s.causal, s.softmax_scale,
-            s.backend, *selection,
+            backend, *selection,
         )  # fmt: skip
         return blocks
 
