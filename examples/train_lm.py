@@ -7,6 +7,7 @@ block lists of the last layer (selection.pt, which `python -m benchmarks.selecte
 
     python examples/train_lm.py                     # at most 3 minutes; on a GPU with its kernels and a longer context
     python examples/train_lm.py --context 2048 --minutes 10
+    python examples/train_lm.py --device cuda --context 16384 --minutes 6
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lm.train import (
     Run,
     TrainConfig,
     blocks_selected,
+    curves_apart,
     generate,
     held_out_windows,
     make_run,
@@ -109,6 +111,13 @@ def report(runs: list[Run], config: TrainConfig, arguments: argparse.Namespace, 
             "tokens_per_second": rate,
             "losses": run.losses,
         }
+    sparse, dense = runs
+    apart = curves_apart(sparse.losses, dense.losses)
+    end = sparse.held_out[-1][1] / dense.held_out[-1][1] - 1.0
+    print(
+        f"NSA against dense: {end:+.1%} on held-out files, training curves at most {apart:.1%} apart in the second half"
+    )
+    rows["curves_apart"] = apart
     options = {name: str(value) for name, value in vars(arguments).items()}
     results = {"torch": torch.__version__, "nsa_cuda": nsa_cuda.__version__, "steps": steps, "options": options, **rows}
     (arguments.out / "results.json").write_text(json.dumps(results, indent=1))

@@ -1,1 +1,1 @@
-"""The parts of examples/train_lm.py: text, models, training loop, pictures."""
+"""The parts of the examples: text, models, training loop, recall task, pictures."""

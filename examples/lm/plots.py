@@ -1,4 +1,4 @@
-"""The two pictures: loss curves, and which blocks the queries of one held-out window selected."""
+"""The pictures: loss curves, the blocks that queries of a held-out window selected, and recall by depth and length."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from .train import Run
+from .train import Run, smooth
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -16,20 +16,11 @@ from matplotlib import pyplot
 _COLOURS = ("#1f77b4", "#d95f02")
 
 
-def _smooth(values: list[float], decay: float = 0.97) -> list[float]:
-    """Exponential mean without the bias towards its start."""
-    mean, weight, smooth = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        smooth.append(mean / weight)
-    return smooth
-
-
 def plot_losses(runs: list[Run], path: Path) -> None:
     """Training loss (line, smoothed) and held-out loss (dots), bits per byte over steps."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for run, colour in zip(runs, _COLOURS, strict=False):
-        axes.plot(range(1, len(run.losses) + 1), _smooth(run.losses), color=colour, label=f"{run.name}, training")
+        axes.plot(range(1, len(run.losses) + 1), smooth(run.losses), color=colour, label=f"{run.name}, training")
         steps, losses = zip(*run.held_out, strict=True)
         axes.plot(steps, losses, "o", color=colour, markersize=5, label=f"{run.name}, held-out files")
     lowest = min(loss for run in runs for _, loss in run.held_out)

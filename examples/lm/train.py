@@ -175,3 +175,18 @@ def generate(model: ByteModel, prompt: bytes, count: int, config: TrainConfig, t
 
 def tokens_per_second(run: Run, config: TrainConfig) -> float:
     return len(run.losses) * config.batch * config.context / max(run.seconds, 1e-9)
+
+
+def smooth(values: list[float], decay: float = 0.97) -> list[float]:
+    """Exponential mean without the bias towards its start."""
+    mean, weight, found = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        found.append(mean / weight)
+    return found
+
+
+def curves_apart(first: list[float], second: list[float]) -> float:
+    """Largest relative distance of two smoothed loss curves over the second half of training."""
+    pairs = list(zip(smooth(first), smooth(second), strict=True))
+    return max((abs(a / b - 1.0) for a, b in pairs[len(pairs) // 2 :]), default=0.0)
