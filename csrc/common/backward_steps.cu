@@ -90,17 +90,14 @@ __global__ void __launch_bounds__(256)
 
 }  // namespace
 
-Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats,
+Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_heads, int dv, RowStats* stats,
                       cudaStream_t stream) {
-  const SelectedAttentionProblem& p = args.problem;
-  const int lanes = static_cast<int>(p.head_dim_v / 8);
-  const int64_t threads = static_cast<int64_t>(plan.total_q) * p.num_heads_q * lanes;
-  const TensorArg o = tensor_arg(args.o, p, p.seqlen_q, 2), dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
-  const TensorArg lse = tensor_arg(args.lse, p, p.seqlen_q, 4), dlse = tensor_arg(args.dlse, p, p.seqlen_q, 4);
+  const int lanes = dv / 8;
+  const int64_t threads = static_cast<int64_t>(total_q) * num_heads * lanes;
   auto* kernel = dtype == Dtype::kBFloat16 ? row_stats<__nv_bfloat16> : row_stats<__half>;
-  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(
-      o, dout, lse, dlse, plan.total_q, static_cast<int>(p.num_heads_q), lanes, stats);
-  return cuda_status(cudaGetLastError(), "selected attention backward: delta");
+  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(in.o, in.dout, in.lse, in.dlse, total_q,
+                                                                           num_heads, lanes, stats);
+  return cuda_status(cudaGetLastError(), "attention backward: delta");
 }
 
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {

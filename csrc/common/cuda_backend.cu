@@ -6,7 +6,7 @@
 #include <cstdarg>
 #include <cstdio>
 
-#include "common/instances.h"
+#include "common/dispatch.h"
 
 namespace nsa::cuda {
 
@@ -40,25 +40,16 @@ Status cuda_status(int error, const char* what) {
   return make_status(StatusCode::kCudaError, "%s: %s (%s)", what, cudaGetErrorName(code), cudaGetErrorString(code));
 }
 
-TensorArg tensor_arg(const Tensor& tensor, const SelectedAttentionProblem& p, int64_t rows, int element_bytes) {
+TensorArg tensor_arg(const Tensor& tensor, bool packed, int64_t batch, int64_t rows, int element_bytes) {
   TensorArg arg;
   arg.data = static_cast<char*>(tensor.data);
   arg.batch_bytes = tensor.batch_stride * element_bytes;
   arg.row_bytes = tensor.row_stride * element_bytes;
   arg.head_bytes = tensor.head_stride * element_bytes;
-  const bool through = p.cu_seqlens_q || p.batch <= 1 || tensor.batch_stride == rows * tensor.row_stride;
+  const bool through = packed || batch <= 1 || tensor.batch_stride == rows * tensor.row_stride;
   arg.rows_per_batch = through ? INT_MAX : static_cast<int>(rows);
   return arg;
 }
-
-namespace {
-
-constexpr double kLog2e = 1.4426950408889634;
-
-struct Gpu {
-  Launch launch;
-  int major, minor;
-};
 
 Status query_gpu(cudaStream_t stream, Gpu* gpu) {
   int device = 0;
@@ -76,10 +67,49 @@ Status query_gpu(cudaStream_t stream, Gpu* gpu) {
                        "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer", gpu->major,
                        gpu->minor);
   }
-  return cuda_status(error, "selected attention");
+  return cuda_status(error, "asking for the GPU's properties");
 }
 
-const char* dtype_name(Dtype dtype) { return dtype == Dtype::kBFloat16 ? "bfloat16" : "float16"; }
+Status find_kernel(const KernelRequest& r, const Gpu& gpu, Operation operation, bool uses_sm90,
+                   const Instance** found) {
+  *found = nullptr;
+  const bool hopper = gpu.major == 9 && gpu.minor == 0;
+  if (r.backend == Backend::kSm90 && !hopper) {
+    return make_status(StatusCode::kNotSupported,
+                       "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0", gpu.major,
+                       gpu.minor);
+  }
+  const bool forced = r.backend == Backend::kSm90 && uses_sm90;
+  if (hopper && uses_sm90) *found = find_instance(Backend::kSm90, operation, r.dtype, r.head_dim_qk, r.head_dim_v);
+  if (!*found && !forced) *found = find_instance(Backend::kSm80, operation, r.dtype, r.head_dim_qk, r.head_dim_v);
+  if (*found) return {};
+  // what it holds of this operation and dtype, e.g. "(64, 64), (128, 128)"
+  char held[256] = "";
+  int used = 0;
+  for (int i = 0; i < num_instances(); ++i) {
+    const Instance& row = instance(i);
+    const bool fits =
+        row.operation == operation && row.dtype == r.dtype && (r.backend == Backend::kAuto || r.backend == row.family);
+    if (!fits || used >= static_cast<int>(sizeof(held)) - 16) continue;
+    used += std::snprintf(held + used, sizeof(held) - used, "%s(%d, %d)", used ? ", " : "", row.dk, row.dv);
+  }
+  const char* family = r.backend == Backend::kSm90 ? "sm90 " : r.backend == Backend::kSm80 ? "sm80 " : "";
+  return make_status(StatusCode::kNotSupported,
+                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds %skernels for "
+                     "(head_dim_qk, head_dim_v) = "
+                     "%s",
+                     static_cast<long long>(r.head_dim_qk), static_cast<long long>(r.head_dim_v),
+                     r.dtype == Dtype::kBFloat16 ? "bfloat16" : "float16", family, held[0] ? held : "none");
+}
+
+Status check_rows(int64_t rows) {
+  if (rows < INT_MAX - 65536) return {};
+  return make_status(StatusCode::kNotSupported,
+                     "q has %lld rows of one kv head (tokens times G); CUDA kernels take fewer than 2^31",
+                     static_cast<long long>(rows));
+}
+
+namespace {
 
 // Whether the Hopper kernel of an operation runs, where there is one. Times: 64K tokens, 64 / 4 heads, D 128, one H100.
 //
@@ -95,49 +125,14 @@ bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
 }
 
 Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
-  *found = nullptr;
-  const bool hopper = gpu.major == 9 && gpu.minor == 0;
-  if (p.backend == Backend::kSm90 && !hopper) {
-    return make_status(StatusCode::kNotSupported,
-                       "backend is sm90; the GPU has compute capability %d.%d, sm90 kernels run on 9.0", gpu.major,
-                       gpu.minor);
-  }
-  const bool forced = p.backend == Backend::kSm90 && uses_sm90(operation, p);
-  if (hopper && uses_sm90(operation, p)) {
-    *found = find_instance(Backend::kSm90, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
-  }
-  if (!*found && !forced) {
-    *found = find_instance(Backend::kSm80, operation, p.dtype, p.head_dim_qk, p.head_dim_v);
-  }
-  if (*found) return {};
-  // what it holds of this operation and dtype, e.g. "(64, 64), (128, 128)"
-  char held[256] = "";
-  int used = 0;
-  for (int i = 0; i < num_instances(); ++i) {
-    const Instance& row = instance(i);
-    const bool fits =
-        row.operation == operation && row.dtype == p.dtype && (p.backend == Backend::kAuto || p.backend == row.family);
-    if (!fits || used >= static_cast<int>(sizeof(held)) - 16) continue;
-    used += std::snprintf(held + used, sizeof(held) - used, "%s(%d, %d)", used ? ", " : "", row.dk, row.dv);
-  }
-  const char* family = p.backend == Backend::kSm90 ? "sm90 " : p.backend == Backend::kSm80 ? "sm80 " : "";
-  return make_status(StatusCode::kNotSupported,
-                     "head_dim_qk is %lld, head_dim_v is %lld, dtype is %s: this build holds %skernels for "
-                     "(head_dim_qk, head_dim_v) = "
-                     "%s",
-                     static_cast<long long>(p.head_dim_qk), static_cast<long long>(p.head_dim_v), dtype_name(p.dtype),
-                     family, held[0] ? held : "none");
+  return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, operation, uses_sm90(operation, p), found);
 }
 
 // Of the kernel whose tiles of query rows the plan is for.
 int unit_alignment(const Instance& kernel) { return kernel.family == Backend::kSm90 ? 4 : 1; }
 
 Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
-  const int64_t rows = plan.total_q * (p.num_heads_q / p.num_heads_k);
-  if (rows < INT_MAX - 65536) return {};
-  return make_status(StatusCode::kNotSupported,
-                     "q has %lld rows of one kv head (tokens times G); CUDA kernels take fewer than 2^31",
-                     static_cast<long long>(rows));
+  return cuda::check_rows(plan.total_q * (p.num_heads_q / p.num_heads_k));
 }
 
 // Without keys nothing is read, but addresses are still formed.
@@ -249,7 +244,10 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
   status = make_plan(p, a.plan, args.stream);
   if (status.ok() && a.plan.total_q > 0) {
-    status = make_row_stats(p.dtype, args, a.plan, const_cast<RowStats*>(a.stats), args.stream);
+    const StatsInputs inputs = {tensor_arg(args.o, p, p.seqlen_q, 2), a.dout, tensor_arg(args.lse, p, p.seqlen_q, 4),
+                                tensor_arg(args.dlse, p, p.seqlen_q, 4)};
+    status = make_row_stats(p.dtype, inputs, a.plan.total_q, static_cast<int>(p.num_heads_q),
+                            static_cast<int>(p.head_dim_v), const_cast<RowStats*>(a.stats), args.stream);
   }
   if (status.ok() && wants_keys(args)) status = run_keys(args, gpu, pieces);
   point_somewhere(a.plan, &a.k, &a.v);

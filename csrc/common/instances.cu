@@ -14,6 +14,9 @@ inline constexpr Backend sm90 = Backend::kSm90;
 using Kernel_selected_forward = Status(const ForwardArgs&, const Launch&);
 using Kernel_selected_dq = Status(const BackwardArgs&, const Launch&);
 using Kernel_selected_dkdv = Status(const BackwardArgs&, const Launch&);
+using Kernel_range_forward = Status(const RangeForwardArgs&, const Launch&);
+using Kernel_range_dq = Status(const RangeBackwardArgs&, const Launch&);
+using Kernel_range_dkdv = Status(const RangeBackwardArgs&, const Launch&);
 
 #define NSA_ROW(family, operation, dtype, dk, dv) Kernel_##operation family##_##operation##_##dtype##_##dk##_##dv;
 #include "instances.inc"
@@ -21,18 +24,21 @@ using Kernel_selected_dkdv = Status(const BackwardArgs&, const Launch&);
 
 namespace {
 
-constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name,
-                        ForwardKernel kernel) {
-  return {family, operation, dtype, dk, dv, name, kernel, nullptr};
+template <auto Instance::* kMember, typename Kernel>
+constexpr Instance with(Instance row, Kernel kernel) {
+  row.*kMember = kernel;
+  return row;
 }
-constexpr Instance make(Backend family, Operation operation, Dtype dtype, int dk, int dv, const char* name,
-                        BackwardKernel kernel) {
-  return {family, operation, dtype, dk, dv, name, nullptr, kernel};
+constexpr Instance with(Instance row, ForwardKernel kernel) { return with<&Instance::forward>(row, kernel); }
+constexpr Instance with(Instance row, BackwardKernel kernel) { return with<&Instance::backward>(row, kernel); }
+constexpr Instance with(Instance row, RangeForwardKernel kernel) { return with<&Instance::range_forward>(row, kernel); }
+constexpr Instance with(Instance row, RangeBackwardKernel kernel) {
+  return with<&Instance::range_backward>(row, kernel);
 }
 
 constexpr Instance kInstances[] = {
-#define NSA_ROW(family, operation, dtype, dk, dv)                                                      \
-  make(family, Operation::operation, dtype, dk, dv, #family "." #operation "." #dtype "." #dk "." #dv, \
+#define NSA_ROW(family, operation, dtype, dk, dv)                                                        \
+  with({family, Operation::operation, dtype, dk, dv, #family "." #operation "." #dtype "." #dk "." #dv}, \
        &family##_##operation##_##dtype##_##dk##_##dv),
 #include "instances.inc"
 #undef NSA_ROW

@@ -2,19 +2,30 @@
 #pragma once
 
 #include "common/kernel_args.h"
+#include "common/range_args.h"
 
 namespace nsa::cuda {
 
-enum class Operation { selected_forward, selected_dq, selected_dkdv };
+enum class Operation {
+  selected_forward,
+  selected_dq,
+  selected_dkdv,
+  range_forward,
+  range_dq,
+  range_dkdv,
+};
 
 struct Instance {
   Backend family;
   Operation operation;
   Dtype dtype;
   int dk, dv;
-  const char* name;       // "sm80.selected_forward.bfloat16.128.128"
-  ForwardKernel forward;  // one of the two
-  BackwardKernel backward;
+  const char* name;  // "sm80.selected_forward.bfloat16.128.128"
+  // the one that fits the operation
+  ForwardKernel forward = nullptr;
+  BackwardKernel backward = nullptr;
+  RangeForwardKernel range_forward = nullptr;
+  RangeBackwardKernel range_backward = nullptr;
 };
 
 const Instance* find_instance(Backend family, Operation operation, Dtype dtype, int64_t dk, int64_t dv);

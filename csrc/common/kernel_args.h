@@ -29,7 +29,12 @@ struct TensorArg {
 #endif
 };
 
-TensorArg tensor_arg(const Tensor& tensor, const SelectedAttentionProblem& problem, int64_t rows, int element_bytes);
+// packed: one batch. rows: of a batch.
+TensorArg tensor_arg(const Tensor& tensor, bool packed, int64_t batch, int64_t rows, int element_bytes);
+template <typename Problem>
+TensorArg tensor_arg(const Tensor& tensor, const Problem& problem, int64_t rows, int element_bytes) {
+  return tensor_arg(tensor, problem.cu_seqlens_q != nullptr, problem.batch, rows, element_bytes);
+}
 
 // Of a query row and head, for the backward: one 8-byte load.
 struct RowStats {
@@ -66,7 +71,10 @@ using ForwardKernel = Status (*)(const ForwardArgs&, const Launch&);
 using BackwardKernel = Status (*)(const BackwardArgs&, const Launch&);
 
 // common/backward_steps.cu
-Status make_row_stats(Dtype dtype, const SelectedAttentionBackward& args, const Plan& plan, RowStats* stats,
+struct StatsInputs {
+  TensorArg o, dout, lse, dlse;  // dlse.data null: zero
+};
+Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_heads, int dv, RowStats* stats,
                       cudaStream_t stream);
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);

@@ -3,8 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include <cub/block/block_scan.cuh>
-
+#include "common/sequences.cuh"
 #include "device/ptx.cuh"
 
 namespace nsa::cuda {
@@ -12,7 +11,6 @@ namespace {
 
 using device::kFullWarp;
 
-constexpr int kSequenceThreads = 256;
 constexpr int kListWarps = 4;
 constexpr int kWindowWords = 1024;  // 32768 blocks a pass, 4 KiB of shared memory a warp
 
@@ -42,65 +40,16 @@ struct ListArgs {
   int32_t* last_key;
 };
 
-// Running maximum of cu_seqlens clamped to [0, total], and the blocks before each sequence. One CTA.
+// Repaired sequences, the blocks before each, and units of query rows. One CTA.
 __global__ void __launch_bounds__(kSequenceThreads)
     repair_sequences(Sequences s, int total_q, int total_k, int block_size, int group, int unit_alignment) {
-  using Scan = cub::BlockScan<int, kSequenceThreads>;
-  __shared__ typename Scan::TempStorage scan;
-  struct Max {
-    __device__ int operator()(int a, int b) const { return a > b ? a : b; }
-  };
-  auto repair = [&](const int32_t* cu, int32_t* out, int total) {
-    int carry = 0;
-    for (int base = 0; base <= s.batch; base += kSequenceThreads) {
-      const int i = base + threadIdx.x;
-      int value = i <= s.batch ? min(max(cu[i], 0), total) : 0;
-      int running, highest;
-      Scan(scan).InclusiveScan(value, running, Max{}, highest);
-      __syncthreads();
-      if (i <= s.batch) out[i] = max(running, carry);
-      carry = max(carry, highest);
-    }
-    __syncthreads();
-  };
-  repair(s.cu_q, s.q_begin, total_q);
-  repair(s.cu_k, s.key_begin, total_k);
-  // out[i] = sum of count(0 .. i - 1), i <= n
-  auto sum_before = [&](int n, int32_t* out, auto count) {
-    int carry = 0;
-    for (int base = 0; base <= n; base += kSequenceThreads) {
-      const int i = base + threadIdx.x;
-      int before, sum;
-      Scan(scan).ExclusiveSum(i < n ? count(i) : 0, before, sum);
-      __syncthreads();
-      if (i <= n) out[i] = carry + before;
-      carry += sum;
-    }
-    __syncthreads();
-  };
-  sum_before(s.batch, s.block_begin,
-             [&](int b) { return (s.key_begin[b + 1] - s.key_begin[b] + block_size - 1) / block_size; });
-  for (int run = threadIdx.x; run <= s.batch + 2; run += kSequenceThreads) {
-    s.token_begin[run] = run == 0 ? 0 : run == s.batch + 2 ? total_q : s.q_begin[run - 1];
-  }
-  __syncthreads();
-  const int rows = 16 * unit_alignment;
-  sum_before(s.batch + 2, s.unit_begin, [&](int run) {
-    return ((s.token_begin[run + 1] - s.token_begin[run]) * group + rows - 1) / rows * unit_alignment;
-  });
-}
-
-// The sequence that holds `row`: the last b with begin[b] <= row; batch where row lies past them all, -1 before them.
-__device__ int find_sequence(const int32_t* begin, int batch, int row) {
-  int low = 0, high = batch + 1;  // first b with begin[b] > row
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (begin[middle] > row)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low - 1;
+  __shared__ SequenceScan::Scan::TempStorage storage;
+  SequenceScan scan(storage);
+  scan.repair(s.cu_q, s.q_begin, s.batch, total_q);
+  scan.repair(s.cu_k, s.key_begin, s.batch, total_k);
+  scan.sum_before(s.batch, s.block_begin,
+                  [&](int b) { return (s.key_begin[b + 1] - s.key_begin[b] + block_size - 1) / block_size; });
+  scan.lay_units(s.q_begin, s.batch, total_q, group, unit_alignment, s.token_begin, s.unit_begin);
 }
 
 __global__ void make_blocks(Sequences s, int num_blocks, int block_size, int seqlen_k, int2* blocks) {

@@ -14,4 +14,9 @@ namespace nsa::cuda {
 Status make_tensor_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int box_rows,
                        CUtensorMap* map);
 
+// Boxes of 64 columns x box_rows rows (token * group + head of the group) of one group of heads, which holds whole
+// tokens or, where the group is larger than the box, a part of one. Coordinates: {column, head, row, batch}.
+Status make_group_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int group,
+                      int box_rows, CUtensorMap* map);
+
 }  // namespace nsa::cuda

@@ -63,6 +63,13 @@ __device__ __forceinline__ void copy_small_async(uint32_t shared, const void* gl
 // Waits for all cp.async of this thread.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// The same in groups: waits for all but the last kPending that this thread committed.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // mbarrier, as sm_80 has it.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -101,7 +108,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) 
   }
 }
 
-#if __CUDA_ARCH__ >= 900
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // TMA. A full barrier of a stage: one arrival by the producer, and the bytes it expects.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -27,9 +27,18 @@ struct OnlineSoftmax {
 
   // Scores -> P = exp2(scores * scale_log2 - max2), following the maximum; O is rescaled where it moved.
   // Where sees says so, a score counts as -inf.
-  template <typename Shape, int kColumns>
-  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Visibility<Shape>& sees, float scale_log2,
-                                         int lane) {
+  template <typename Sees, int kColumns>
+  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Sees& sees, float scale_log2, int lane) {
+    float factor[2];
+    if (follow_maximum(s, sees, scale_log2, lane, factor)) rescale(factor);
+    exponentiate(s, scale_log2);
+  }
+
+  // The steps of update(). True: the maximum moved, and O has to be rescaled by `factor` before anything is added to
+  // it.
+  template <typename Sees, int kColumns>
+  __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], const Sees& sees, float& scale_log2, int lane,
+                                                 float (&factor)[2]) {
     if (!(scale_log2 > 0.f)) {  // the maximum of the scaled scores isn't the scaled maximum: scale first
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
@@ -58,20 +67,28 @@ struct OnlineSoftmax {
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 1));
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 2)) * scale_log2;
     }
-    if (__any_sync(kFullWarp, highest[0] > max2[0] + kRescaleThreshold || highest[1] > max2[1] + kRescaleThreshold)) {
+    if (!__any_sync(kFullWarp, highest[0] > max2[0] + kRescaleThreshold || highest[1] > max2[1] + kRescaleThreshold))
+      return false;
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const float moved = fmaxf(max2[r], highest[r]);
-        const float factor = moved == -INFINITY ? 1.f : exp2_approx(max2[r] - moved);
-        max2[r] = moved;
-        sum[r] *= factor;
-#pragma unroll
-        for (int n = 0; n < kDv / 8; ++n) {
-          o[n][2 * r] *= factor;
-          o[n][2 * r + 1] *= factor;
-        }
-      }
+    for (int r = 0; r < 2; ++r) {
+      const float moved = fmaxf(max2[r], highest[r]);
+      factor[r] = moved == -INFINITY ? 1.f : exp2_approx(max2[r] - moved);
+      max2[r] = moved;
+      sum[r] *= factor[r];
     }
+    return true;
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < kDv / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[n][i] *= factor[i / 2];
+    }
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void exponentiate(float (&s)[kColumns][4], float scale_log2) {
     const float base[2] = {max2[0] == -INFINITY ? 0.f : max2[0], max2[1] == -INFINITY ? 0.f : max2[1]};
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -90,16 +107,24 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      float total = sum[r];
-      total += __shfl_xor_sync(kFullWarp, total, 1);
-      total += __shfl_xor_sync(kFullWarp, total, 2);
+      const float total = row_sum(r);
       if (!row.real) continue;
       store_row<Element, kDv>(a.o.at(row.token, row.head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
       if (a.lse.data && (lane & 3) == 0) {
-        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) =
-            total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
+        *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) = lse(r, total);
       }
     }
+  }
+
+  // Of row r, from all four of its lanes.
+  __device__ __forceinline__ float row_sum(int r) const {
+    float total = sum[r];
+    total += __shfl_xor_sync(kFullWarp, total, 1);
+    total += __shfl_xor_sync(kFullWarp, total, 2);
+    return total;
+  }
+  __device__ __forceinline__ float lse(int r, float total) const {
+    return total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
   }
 };
 

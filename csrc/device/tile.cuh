@@ -176,4 +176,29 @@ __device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns 
   }
 }
 
+// The same in 16-byte pieces, which the four lanes of a row first trade; every lane of the warp calls it.
+template <typename Element, int kColumns>
+__device__ __forceinline__ void store_row_wide(char* to, bool real, const float (&acc)[kColumns / 8][4], int half,
+                                               float scale, int lane) {
+  const bool odd = lane & 1, high = lane & 2;
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; n += 4) {
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = Half<Element>::pack(acc[n + i][2 * half] * scale, acc[n + i][2 * half + 1] * scale);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? x[i] : x[i + 1], 1);
+      (odd ? x[i] : x[i + 1]) = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other = __shfl_xor_sync(kFullWarp, high ? x[i] : x[i + 2], 2);
+      (high ? x[i] : x[i + 2]) = other;
+    }
+    if (real) *reinterpret_cast<uint4*>(to + 16 * n + 16 * (lane & 3)) = {x[0], x[1], x[2], x[3]};
+  }
+}
+
 }  // namespace nsa::device

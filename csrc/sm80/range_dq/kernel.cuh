@@ -1,0 +1,119 @@
+// dQ of range attention: like the forward, a CTA of query rows walks the run of keys that they see.
+//   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dQ = scale dS K
+#pragma once
+
+#include "device/range_rows.cuh"
+#include "sm80/range_dq/config.h"
+
+namespace nsa::sm80::range_dq {
+
+using cuda::RangeBackwardArgs;
+
+template <typename Config>
+using Queries = device::RangeQueries<Config::kRows>;
+
+template <typename Config>
+struct Rows {
+  device::RowOperand<Config::kDk, Config::kRowsInRegisters> q;
+  device::RowOperand<Config::kDv, Config::kRowsInRegisters> dout;
+  device::RangeVisibility sees;
+  float lse2[2], delta[2];
+  float dq[Config::kDk / 8][4];
+};
+
+template <typename Config>
+__device__ __forceinline__ void load_rows(const RangeBackwardArgs& a, const Queries<Config>& tile, uint32_t own,
+                                          int warp, int lane, Rows<Config>& rows) {
+  rows.q.fetch(a.q, tile, a.group, own, warp, lane);
+  rows.dout.fetch(a.dout, tile, a.group, own + Config::kDoutBytes, warp, lane);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+    rows.sees.set_row(r, row.real, row.token, a.plan);
+    const int64_t at = static_cast<int64_t>(row.token) * a.num_heads_k * a.group + row.head;
+    const cuda::RowStats stats = row.real ? a.stats[at] : cuda::RowStats{INFINITY, 0.f};
+    rows.lse2[r] = stats.lse2;
+    rows.delta[r] = stats.delta;
+  }
+  device::clear(rows.dq);
+}
+
+// kStep keys in shared memory, from k row `key` on.
+template <typename Config>
+__device__ __forceinline__ void attend(Rows<Config>& rows, uint32_t keys, uint32_t values, int key, bool all,
+                                       float scale_log2, int lane) {
+  using Element = typename Config::Element;
+  constexpr int kStep = Config::kStep;
+  float s[kStep / 8][4], dp[kStep / 8][4];
+  device::clear(s);
+  device::clear(dp);
+  device::multiply_transposed<Element, Config::kDk, kStep>(s, rows.q, keys, lane);
+  device::multiply_transposed<Element, Config::kDv, kStep>(dp, rows.dout, values, lane);
+#pragma unroll
+  for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s[n][i] = device::exp2_approx(s[n][i] * scale_log2 - rows.lse2[i / 2]) * (dp[n][i] - rows.delta[i / 2]);
+    }
+  }
+  if (!all) {
+    rows.sees.stage = key;
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!rows.sees.sees(i / 2, n, i % 2, lane)) s[n][i] = 0.f;
+      }
+    }
+  }
+  uint32_t ds[kStep / 16][4];
+  device::round_to_operand<Element, kStep>(ds, s);
+  device::multiply<Element, Config::kDk, kStep, Config::kDk>(rows.dq, ds, keys, lane);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ RangeBackwardArgs a, int tiles_per_head) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  const uint32_t shared = device::shared_address(shared_memory);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const Queries<Config> tile(a.plan, blockIdx.x, tiles_per_head, a.num_heads_k, a.group);
+  if (!tile.real) return;
+  const device::RowCopy<device::Tile<Config::kDk>, Config::kThreads> copy_k(a.k.row_bytes, threadIdx.x);
+  const device::RowCopy<device::Tile<Config::kDv>, Config::kThreads> copy_v(a.v.row_bytes, threadIdx.x);
+  const int stages = (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
+  auto load = [&](int i) {
+    if (i < stages) {
+      const int key = tile.first + i * Config::kKeys, valid = min(tile.end - key, Config::kKeys);
+      const uint32_t at = shared + i % Config::kStages * Config::kStageBytes;
+      copy_k.some(at, a.k.at(key, tile.head), a.k.row_bytes, Config::kKeys, valid);
+      copy_v.some(at + Config::kKeyBytes, a.v.at(key, tile.head), a.v.row_bytes, Config::kKeys, valid);
+    }
+    device::commit_copies();
+  };
+  Rows<Config> rows;  // rows in shared memory arrive with the first stage
+  load_rows<Config>(a, tile, shared + Config::kRowsAt + warp * Config::kWarpBytes, warp, lane, rows);
+#pragma unroll
+  for (int i = 0; i < Config::kStages - 1; ++i) load(i);
+  for (int i = 0; i < stages; ++i) {
+    device::wait_copies_but<Config::kStages - 2>();
+    __syncthreads();  // the stage has landed, and everybody is done with the one before it
+    load(i + Config::kStages - 1);
+    const uint32_t at = shared + i % Config::kStages * Config::kStageBytes;
+#pragma unroll 1
+    for (int first = 0; first < Config::kKeys; first += Config::kStep) {
+      const int key = tile.first + i * Config::kKeys + first;
+      attend<Config>(rows, at + first * device::Tile<Config::kDk>::kRowBytes,
+                     at + Config::kKeyBytes + first * device::Tile<Config::kDv>::kRowBytes, key,
+                     tile.all_see(key, Config::kStep), a.scale_log2, lane);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+    char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
+    device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, rows.dq, r, a.scale, lane);
+  }
+}
+
+}  // namespace nsa::sm80::range_dq

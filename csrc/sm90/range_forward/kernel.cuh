@@ -1,0 +1,243 @@
+// o and lse of range attention on Hopper: persistent CTAs of 128 query rows, keys and queries by TMA, products by
+// wgmma.
+//
+// Each warpgroup issues the scores of the next stage, then P V of this one, and computes the next P while the latter
+// runs; the two warpgroups take turns at issuing, so that one computes P while the other's products run.
+#pragma once
+
+#include "device/range_output.cuh"
+#include "device/range_tma.cuh"
+#include "sm90/range_forward/config.h"
+
+namespace nsa::sm90::range_forward {
+
+using cuda::RangeForwardArgs;
+
+struct Maps {
+  CUtensorMap q, k, v;
+};
+
+template <typename Config>
+using Queries = device::RangeQueries<Config::kRows>;
+
+template <typename Config>
+struct Shared {
+  uint32_t base;
+  int stage = 0;
+  unsigned phase = 0;
+
+  __device__ __forceinline__ uint32_t full_q() const { return base; }
+  __device__ __forceinline__ uint32_t empty_q() const { return base + 8; }
+  __device__ __forceinline__ uint32_t full_k(int s) const { return base + 16 + 32 * s; }
+  __device__ __forceinline__ uint32_t empty_k(int s) const { return full_k(s) + 8; }
+  __device__ __forceinline__ uint32_t full_v(int s) const { return full_k(s) + 16; }
+  __device__ __forceinline__ uint32_t empty_v(int s) const { return full_k(s) + 24; }
+  // {tile's place, whether there is one} of every second tile
+  __device__ __forceinline__ uint32_t info(int tile) const { return base + Config::kInfos + 64 * (tile & 1); }
+  __device__ __forceinline__ uint32_t queries(int warpgroup) const {
+    return base + Config::kQueries + warpgroup * Config::kQueryBytes;
+  }
+  __device__ __forceinline__ uint32_t keys(int s) const { return base + Config::kStagesAt + s * Config::kStageBytes; }
+  __device__ __forceinline__ uint32_t values(int s) const { return keys(s) + Config::kKeyBytes; }
+  __device__ __forceinline__ void init() const {
+    constexpr int kWarps = Config::kConsumers / 32;
+    device::barrier_init(full_q(), 1);
+    device::barrier_init(empty_q(), kWarps);
+    for (int s = 0; s < Config::kStages; ++s) {
+      device::barrier_init(full_k(s), 1);
+      device::barrier_init(empty_k(s), kWarps);
+      device::barrier_init(full_v(s), 1);
+      device::barrier_init(empty_v(s), kWarps);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <typename Config>
+__device__ __forceinline__ int num_stages(const Queries<Config>& tile) {
+  return (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
+}
+
+// The producer thread's whole work: a CTA takes every gridDim.x-th tile.
+template <typename Config>
+__device__ __forceinline__ void produce(const RangeForwardArgs& a, const Maps& maps, Shared<Config>& shared,
+                                        int tiles_per_head) {
+  constexpr int kDk = Config::kDk, kDv = Config::kDv, kKeys = Config::kKeys;
+  int nth = 0;
+  for (int t = blockIdx.x; t < tiles_per_head * a.num_heads_k; t += gridDim.x, ++nth) {
+    const Queries<Config> tile(a.plan, t, tiles_per_head, a.num_heads_k, a.group);
+    const int stages = num_stages<Config>(tile);
+    device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
+    tile.leave(shared.info(nth));
+    device::store_shared(shared.info(nth) + 60, 1);
+    device::barrier_arrive_expect(shared.full_q(), stages > 0 ? Config::kRows / 64 * Config::kQueryBytes : 0);
+    if (stages > 0) {
+#pragma unroll
+      for (int w = 0; w < Config::kRows / 64; ++w) {
+        const auto row = tile.row(64 * w, a.group);
+        device::copy_queries<kDk, 64>(shared.queries(w), &maps.q, shared.full_q(), a.q,
+                                      min(row.token, a.plan.total_q - 1), row.head);
+      }
+    }
+    for (int i = 0; i < stages; ++i) {
+      const int key = tile.first + i * kKeys, s = shared.stage;
+      device::barrier_wait(shared.empty_k(s), shared.phase ^ 1);
+      device::barrier_arrive_expect(shared.full_k(s), Config::kKeyBytes);
+      device::copy_keys<kDk, kKeys>(shared.keys(s), &maps.k, shared.full_k(s), a.k, key, tile.head);
+      device::barrier_wait(shared.empty_v(s), shared.phase ^ 1);
+      device::barrier_arrive_expect(shared.full_v(s), Config::kValueBytes);
+      device::copy_keys<kDv, kKeys>(shared.values(s), &maps.v, shared.full_v(s), a.v, key, tile.head);
+      shared.advance();
+    }
+  }
+  device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
+  device::store_shared(shared.info(nth) + 60, 0);
+  device::barrier_arrive(shared.full_q());
+}
+
+// The warpgroups' turns at issuing products. Barriers 1 .. are sync_warpgroup's.
+template <typename Config>
+struct Turn {
+  int warpgroup;
+  __device__ __forceinline__ void wait() const {
+    if constexpr (Config::kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory");
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (Config::kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(4 + (warpgroup ^ 1)) : "memory");
+  }
+};
+
+__device__ __forceinline__ void release(uint32_t barrier, int lane) {
+  if (lane == 0) device::barrier_arrive(barrier);
+}
+
+// One tile with at least one stage, up to the sums of its rows.
+template <typename Config>
+__device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Config>& tile, int stages,
+                                       device::RangeVisibility& sees, float scale_log2, int warpgroup, int lane,
+                                       device::OnlineSoftmax<Config::kDv>& softmax) {
+  using Element = typename Config::Element;
+  constexpr int kDk = Config::kDk, kDv = Config::kDv, kKeys = Config::kKeys;
+  const uint32_t q = shared.queries(warpgroup);
+  const Turn<Config> turn = {warpgroup};
+  float s[kKeys / 8][4], factor[2];
+  uint32_t p[kKeys / 16][4];
+  auto look = [&](int i) {
+    sees.stage = tile.first + i * kKeys;
+    sees.all = tile.all_see(sees.stage, kKeys);
+  };
+  device::barrier_wait(shared.full_k(shared.stage), shared.phase);
+  turn.wait();
+  device::wgmma_fence();
+  device::start_transposed<Element, kDk, kKeys>(s, q, shared.keys(shared.stage));
+  device::wgmma_commit();
+  turn.pass();
+  device::wgmma_wait<0>();
+  device::hold(s);
+  release(shared.empty_k(shared.stage), lane);
+  look(0);
+  float scale = scale_log2;
+  softmax.follow_maximum(s, sees, scale, lane, factor);  // O is still 0
+  softmax.exponentiate(s, scale);
+  device::round_to_operand<Element, kKeys>(p, s);
+  for (int i = 1; i < stages; ++i) {
+    const int last = shared.stage;
+    const unsigned last_phase = shared.phase;
+    shared.advance();
+    device::barrier_wait(shared.full_k(shared.stage), shared.phase);
+    turn.wait();
+    device::wgmma_fence();
+    device::start_transposed<Element, kDk, kKeys>(s, q, shared.keys(shared.stage));
+    device::wgmma_commit();
+    device::barrier_wait(shared.full_v(last), last_phase);
+    device::hold(softmax.o);
+    device::wgmma_fence();
+    device::start_columns<Element, kKeys, kDv>(softmax.o, p, shared.values(last));
+    device::wgmma_commit();
+    turn.pass();
+    device::wgmma_wait<1>();
+    device::hold(s);
+    release(shared.empty_k(shared.stage), lane);
+    look(i);
+    scale = scale_log2;
+    const bool moved = softmax.follow_maximum(s, sees, scale, lane, factor);
+    softmax.exponentiate(s, scale);
+    device::wgmma_wait<0>();
+    device::hold(softmax.o);
+    release(shared.empty_v(last), lane);
+    if (moved) softmax.rescale(factor);
+    device::round_to_operand<Element, kKeys>(p, s);
+  }
+  release(shared.empty_q(), lane);
+  device::barrier_wait(shared.full_v(shared.stage), shared.phase);
+  const int valid = tile.run_end - (tile.first + (stages - 1) * kKeys);
+  if (valid < kKeys) {  // P is 0 there, but 0 * NaN isn't
+    device::clear_rows<kDv, kKeys>(shared.values(shared.stage), valid, threadIdx.x % 128);
+    device::publish_zeros(warpgroup);
+  }
+  device::hold(softmax.o);
+  device::wgmma_fence();
+  device::start_columns<Element, kKeys, kDv>(softmax.o, p, shared.values(shared.stage));
+  device::wgmma_commit();
+  device::wgmma_wait<0>();
+  device::hold(softmax.o);
+  release(shared.empty_v(shared.stage), lane);
+  shared.advance();
+}
+
+template <typename Config>
+__device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config>& shared, int warp, int lane) {
+  const int warpgroup = warp / 4;
+  if (Config::kTakeTurns && warpgroup == 1) Turn<Config>{1}.pass();  // the first turn is warpgroup 0's
+  for (int nth = 0;; ++nth) {
+    device::barrier_wait(shared.full_q(), nth & 1);
+    const uint32_t info = shared.info(nth);
+    if (__shfl_sync(device::kFullWarp, device::load_shared(info + 60), 0) == 0) break;
+    Queries<Config> tile;
+    tile.fetch_rows(info);
+    device::RangeVisibility sees;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+      sees.set_row(r, row.real, row.token, a.plan);
+    }
+    tile.fetch_keys(info);
+    device::OnlineSoftmax<Config::kDv> softmax;
+    softmax.reset();
+    const int stages = __shfl_sync(device::kFullWarp, num_stages<Config>(tile), 0);
+    if (stages > 0)
+      attend<Config>(shared, tile, stages, sees, a.scale_log2, warpgroup, lane, softmax);
+    else
+      release(shared.empty_q(), lane);
+    tile.fetch_rows(info);  // again, rather than kept in registers
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+      device::store_output<typename Config::Element>(a, softmax, r, row.real, row.token, row.head, lane);
+    }
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ RangeForwardArgs a, const __grid_constant__ Maps maps, int tiles_per_head) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  Shared<Config> shared = {device::shared_address(shared_memory)};
+  if (threadIdx.x == 0) shared.init();
+  __syncthreads();
+  if (warp >= Config::kConsumers / 32) {
+    device::give_registers<Config::kProducerRegisters>();
+    if (threadIdx.x == Config::kConsumers) produce<Config>(a, maps, shared, tiles_per_head);
+  } else {
+    device::take_registers<Config::kConsumerRegisters>();
+    consume<Config>(a, shared, warp, lane);
+  }
+}
+
+}  // namespace nsa::sm90::range_forward
