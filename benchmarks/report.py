@@ -44,7 +44,7 @@ class Row:
         return self.floor_ms / self.timing.milliseconds if self.timing and self.floor_ms else None
 
 
-def environment(device: torch.device) -> dict[str, str]:
+def environment(device: torch.device, module: str = "benchmarks.selected") -> dict[str, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "nsa_cuda": nsa_cuda.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "benchmarks.selected", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
 
 
@@ -77,7 +77,7 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
     """Three significant digits below 100, none after the point above."""
     if value is None:
         return "-"
@@ -95,7 +95,7 @@ def _cells(row: Row | None) -> list[str]:
     rate = row.gather_bytes / seconds / 1e9 if row.gather_bytes else None
     share = f"{row.share_of_floor:.0%}" if row.share_of_floor else "-"
     extra = row.timing.extra_bytes / 1e6 if row.timing.extra_bytes is not None else None
-    return [_number(row.timing.milliseconds), _number(row.tflops), _number(rate, 0), share, _number(extra, 1)]
+    return [number(row.timing.milliseconds), number(row.tflops), number(rate, 0), share, number(extra, 1)]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -48,7 +48,7 @@ build() {
 
 sanitize() {
   local tool
-  for tool in memcheck racecheck initcheck; do
+  for tool in memcheck racecheck initcheck synccheck; do
     # Without torch's caching allocator, so that a byte past the end of a tensor is past the end of an allocation.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$tool" "${SANITIZE_LIMIT:-900}" \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \

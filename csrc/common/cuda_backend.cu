@@ -7,6 +7,8 @@
 #include <cstdio>
 
 #include "common/dispatch.h"
+#include "sm90/selected_dq/config.h"
+#include "sm90/selected_forward/config.h"
 
 namespace nsa::cuda {
 
@@ -111,25 +113,54 @@ Status check_rows(int64_t rows) {
 
 namespace {
 
-// Whether the Hopper kernel of an operation runs, where there is one. Times: 64K tokens, 64 / 4 heads, D 128, one H100.
-//
-// dK/dV: wgmma takes 11.0 ms, mma.sync 19.1. But wgmma multiplies 64 keys at a time, most of which a smaller block
-// would leave empty.
-//
-// Forward and dQ: wgmma wins where neighbouring queries agree (7.6 against 8.1 ms, 10.4 against 11.5) and loses where
-// they don't (18.7 against 15.9, 22.8 against 19.2). Which of the two it is lies in GPU memory, so the worst case
-// decides.
+// Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
+// smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
+//   forward  clustered 6.4 : 8.1, uniform 16.0 : 15.9   (neighbours that agree, and that don't)
+//   dQ       clustered 8.6 : 11.5, uniform 18.0 : 19.2
+//   dK/dV    11.0 : 19.1
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
-  if (operation == Operation::selected_dkdv) return p.block_size >= 64 && p.backend != Backend::kSm80;
-  return p.backend == Backend::kSm90;
+  if (p.block_size >= 64) return p.backend != Backend::kSm80;
+  return p.backend == Backend::kSm90 && operation != Operation::selected_dkdv;
 }
 
 Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
   return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, operation, uses_sm90(operation, p), found);
 }
 
-// Of the kernel whose tiles of query rows the plan is for.
-int unit_alignment(const Instance& kernel) { return kernel.family == Backend::kSm90 ? 4 : 1; }
+// For sizes. Null where the call will fail: it says why.
+const Instance* find_if_possible(const SelectedAttentionProblem& p, Operation operation) {
+  Gpu gpu;
+  const Instance* kernel = nullptr;
+  if (query_gpu(nullptr, &gpu).ok()) find(p, gpu, operation, &kernel);
+  return kernel;
+}
+
+// The tile whose unions a kernel reads; 0 warps: it walks the lists itself.
+TileSize union_tile(const Instance* kernel) {
+  if (!kernel || kernel->family != Backend::kSm90) return {0, 0};
+  if (kernel->operation == Operation::selected_forward) return sm90::selected_forward::tile_size(kernel->dv);
+  return sm90::selected_dq::tile_size(kernel->dk);
+}
+
+struct TilePlan {
+  Plan plan;
+  TileUnions unions;
+};
+
+// kernel: whose tiles the plan is for.
+TilePlan carve_tiles(const SelectedAttentionProblem& p, const Instance* kernel, Carver& carver) {
+  const TileSize size = union_tile(kernel);
+  TilePlan tiles = {carve_plan(p, carver, size.warps ? 4 : 1), {}};  // wgmma multiplies four units
+  if (size.warps) tiles.unions = carve_unions(p, tiles.plan, size, carver);
+  return tiles;
+}
+
+Status make_tiles(const SelectedAttentionProblem& p, const Plan& plan, const TileUnions& unions, cudaStream_t stream) {
+  Status status = make_plan(p, plan, stream);
+  if (!status.ok() || !unions.warps || plan.total_q == 0) return status;
+  return make_unions(plan, unions, static_cast<int>(p.num_heads_k), static_cast<int>(p.num_heads_q / p.num_heads_k),
+                     stream);
+}
 
 Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
   return cuda::check_rows(plan.total_q * (p.num_heads_q / p.num_heads_k));
@@ -148,11 +179,14 @@ struct BackwardPieces {
 
 bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
 
-BackwardPieces carve_backward(const SelectedAttentionBackward& args, Carver& carver, int alignment = 1) {
+// dq: the kernel of dQ.
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance* dq, Carver& carver) {
   const SelectedAttentionProblem& p = args.problem;
   BackwardPieces pieces = {};
   BackwardArgs& a = pieces.device;
-  a.plan = carve_plan(p, carver, alignment);
+  const TilePlan tiles = carve_tiles(p, dq, carver);
+  a.plan = tiles.plan;
+  a.unions = tiles.unions;
   a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
   if (wants_keys(args)) {
     a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
@@ -181,14 +215,14 @@ Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const Bac
 
 Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes) {
   Carver carver(nullptr);
-  carve_plan(args.problem, carver);
+  carve_tiles(args.problem, find_if_possible(args.problem, Operation::selected_forward), carver);
   *bytes = carver.used();
   return {};
 }
 
 Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes) {
   Carver carver(nullptr);
-  carve_backward(args, carver);
+  carve_backward(args, find_if_possible(args.problem, Operation::selected_dq), carver);
   *bytes = carver.used();
   return {};
 }
@@ -202,10 +236,12 @@ Status selected_attention(const SelectedAttentionForward& args) {
   Carver carver(args.workspace);
   ForwardArgs a = {};
   if (!status.ok()) return status;
-  a.plan = carve_plan(p, carver, unit_alignment(*kernel));
+  const TilePlan tiles = carve_tiles(p, kernel, carver);
+  a.plan = tiles.plan;
+  a.unions = tiles.unions;
   status = check_rows(p, a.plan);
   if (!status.ok() || a.plan.total_q == 0) return status;
-  status = make_plan(p, a.plan, args.stream);
+  status = make_tiles(p, a.plan, a.unions, args.stream);
   if (!status.ok()) return status;
   a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
   a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
@@ -227,7 +263,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   if (status.ok()) status = find(p, gpu, Operation::selected_dq, &dq);
   if (!status.ok()) return status;
   Carver carver(args.workspace);
-  BackwardPieces pieces = carve_backward(args, carver, unit_alignment(*dq));
+  BackwardPieces pieces = carve_backward(args, dq, carver);
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
   if (!status.ok()) return status;
@@ -242,7 +278,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
   a.scale = static_cast<float>(p.softmax_scale);
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
-  status = make_plan(p, a.plan, args.stream);
+  status = make_tiles(p, a.plan, a.unions, args.stream);
   if (status.ok() && a.plan.total_q > 0) {
     const StatsInputs inputs = {tensor_arg(args.o, p, p.seqlen_q, 2), a.dout, tensor_arg(args.lse, p, p.seqlen_q, 4),
                                 tensor_arg(args.dlse, p, p.seqlen_q, 4)};

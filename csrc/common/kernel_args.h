@@ -44,6 +44,7 @@ struct RowStats {
 
 struct ForwardArgs {
   Plan plan;
+  TileUnions unions;  // sm90
   TensorArg q, k, v, o;
   TensorArg lse;           // float; data null: not wanted
   int num_heads_k, group;  // Hkv, G
@@ -52,6 +53,7 @@ struct ForwardArgs {
 
 struct BackwardArgs {
   Plan plan;
+  TileUnions unions;  // sm90
   InvertedIndex index;
   TensorArg q, k, v, dout;
   TensorArg dq, dk, dv;   // data null: not wanted

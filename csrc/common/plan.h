@@ -49,6 +49,22 @@ struct Plan {
   int list_width;  // S
 };
 
+// The union of the lists of every query tile, made before the kernels whose one producer warp only has time to read it:
+// walking it there took 1500 cycles a stage, a third more than the loads. One entry for each part of a block (at most
+// `part` keys), in ascending order.
+struct TileUnions {
+  int32_t* entries;  // [Hkv * tiles_per_head, capacity, words]: {k row of the first key, keys, flags, members...}
+  int32_t* counts;   // [Hkv * tiles_per_head]; 0: the tile has no rows
+  int warps;         // units a tile
+  int tiles_per_head;
+  int part;             // keys
+  int capacity, words;  // entries a tile, 32-bit words an entry
+};
+
+struct TileSize {
+  int warps, keys;  // units of 16 rows, keys a stage
+};
+
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
 class Carver {
  public:
@@ -71,6 +87,9 @@ Plan carve_plan(const SelectedAttentionProblem& problem, Carver& carver, int uni
 
 // Launches the kernels that fill the plan's arrays.
 Status make_plan(const SelectedAttentionProblem& problem, const Plan& plan, cudaStream_t stream);
+
+TileUnions carve_unions(const SelectedAttentionProblem& problem, const Plan& plan, TileSize size, Carver& carver);
+Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, int group, cudaStream_t stream);
 
 // The lists turned round: for every (kv head, block) the q rows that chose it, ascending.
 //

@@ -29,24 +29,26 @@ class BlockWalk {
 
   // The block that next() will return; kNoBlock at the end.
   __device__ __forceinline__ int upcoming() const { return upcoming_; }
-  // 32-token words of members that next() fills.
+  // 32-token words of members.
   __device__ __forceinline__ int words() const { return words_; }
 
-  // Returns upcoming() and which tokens chose it, as bits; then steps on.
-  __device__ __forceinline__ int next(unsigned (&members)[kWords]) {
+  // Which tokens chose upcoming(), as bits: lane w gets those of word w, lanes past words() zero. Then steps on.
+  __device__ __forceinline__ unsigned next(int lane) {
     const int block = upcoming_;
+    unsigned members = 0;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       if (w > 0 && w >= words_) break;
       const bool member = block != cuda::kNoBlock && current_[w] == block;
-      members[w] = __ballot_sync(kFullWarp, member);
+      const unsigned word = __ballot_sync(kFullWarp, member);
+      if (lane == w) members = word;
       if (member) {
         current_[w] = ahead_[w];
         ahead_[w] = read(w);
       }
     }
     find_upcoming();
-    return block;
+    return members;
   }
 
  private:

@@ -84,32 +84,35 @@ __device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// Whether the phase is over, without waiting.
 __device__ __forceinline__ bool barrier_test(uint32_t barrier, unsigned parity) {
   uint32_t done;
-#if __CUDA_ARCH__ >= 900
-  // The hardware may suspend the warp for up to this many ns: spinning took a third of the issue slots from the warps
-  // at work.
-  constexpr uint32_t kSuspend = 10'000'000;
-  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity), "r"(kSuspend)
-               : "memory");
-#else
   asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
                : "=r"(done)
                : "r"(barrier), "r"(parity)
                : "memory");
-#endif
   return done != 0;
 }
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  // The hardware may suspend the warp for up to this many ns: spinning took a third of the issue slots from the warps
+  // at work.
+  constexpr uint32_t kSuspend = 10'000'000;
+  uint32_t done;
+  do {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared.b64 p, [%1], %2, %3;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(barrier), "r"(parity), "r"(kSuspend)
+                 : "memory");
+  } while (!done);
+#else
   while (!barrier_test(barrier, parity)) {
   }
+#endif
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// TMA. A full barrier of a stage: one arrival by the producer, and the bytes it expects.
+// TMA (sm_90). A full barrier of a stage: one arrival by the producer, and the bytes it expects.
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, unsigned bytes) {
   asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -133,7 +136,6 @@ __device__ __forceinline__ void copy_box_async(uint32_t shared, const void* map,
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-#endif
 
 // Four 8x8 matrices of 16-bit elements; lane 8 i + r gives the address of row r of matrix i.
 __device__ __forceinline__ void load_matrix(uint32_t (&m)[4], uint32_t shared) {

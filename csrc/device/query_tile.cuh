@@ -130,14 +130,23 @@ struct KeyRing {
 
   __device__ __forceinline__ KeyRing(const char* base, int num_stages)
       : shared(shared_address(base)), stages(num_stages) {}
+  __device__ __forceinline__ uint32_t full(int s) const { return shared + Shape::kBarriers + 16 * s; }
+  __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
+  __device__ __forceinline__ uint32_t info(int s) const { return shared + Shape::kInfos + 4 * Shape::kInfoWords * s; }
+  __device__ __forceinline__ uint32_t keys(int s) const { return shared + Shape::kStages + s * Shape::kStageBytes; }
+  __device__ __forceinline__ uint32_t values(int s) const { return keys(s) + Shape::kKeyBytes; }
+  // Of the stage whose turn it is:
   __device__ __forceinline__ uint32_t full() const { return full(stage); }
   __device__ __forceinline__ uint32_t empty() const { return empty(stage); }
-  __device__ __forceinline__ uint32_t info() const { return shared + Shape::kInfos + 4 * Shape::kInfoWords * stage; }
+  __device__ __forceinline__ uint32_t info() const { return info(stage); }
+  __device__ __forceinline__ uint32_t keys() const { return keys(stage); }
+  __device__ __forceinline__ uint32_t values() const { return values(stage); }
   __device__ __forceinline__ uint32_t tile_info() const { return info() + 4 * Shape::kParts * Shape::kPartWords; }
+  __device__ __forceinline__ uint32_t flags() const { return tile_info() + 4; }
 
-  __device__ __forceinline__ void init(int consumer_warps) const {
+  __device__ __forceinline__ void init(int producer_arrivals, int consumer_warps) const {
     for (int s = 0; s < stages; ++s) {
-      barrier_init(full(s), 32 * Shape::kProducerWarps + 1);  // every producer's copies, and the info
+      barrier_init(full(s), producer_arrivals);
       barrier_init(empty(s), consumer_warps);
     }
   }
@@ -152,11 +161,11 @@ struct KeyRing {
     barrier_wait(full(), phase);
     return load_shared(tile_info());
   }
-  __device__ __forceinline__ bool is_last() const { return load_shared(tile_info() + 4) != 0; }
-  // By thread 0 of the producers, behind its copies.
-  __device__ __forceinline__ void publish(int tile, bool last) const {
+  __device__ __forceinline__ bool is_last() const { return load_shared(flags()) != 0; }
+  // By one thread of the producers, behind its copies.
+  __device__ __forceinline__ void publish(int tile, unsigned flags_of_stage) const {
     store_shared(tile_info(), tile);
-    store_shared(tile_info() + 4, last);
+    store_shared(flags(), static_cast<int>(flags_of_stage));
     barrier_arrive(full());
   }
   // By a consumer warp, when it is done with the stage.
@@ -165,15 +174,9 @@ struct KeyRing {
     if (lane == 0) barrier_arrive(empty());
     advance();
   }
-  __device__ __forceinline__ uint32_t keys() const { return shared + Shape::kStages + stage * Shape::kStageBytes; }
   __device__ __forceinline__ uint32_t own(int warp) const {
     return shared + Shape::kStages + stages * Shape::kStageBytes + warp * Shape::kWarpBytes;
   }
-  __device__ __forceinline__ uint32_t values() const { return keys() + Shape::kKeyBytes; }
-
- private:
-  __device__ __forceinline__ uint32_t full(int s) const { return shared + Shape::kBarriers + 16 * s; }
-  __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
 };
 
 // The block that a producer is giving to stages, part by part.
@@ -181,6 +184,15 @@ struct BlockParts {
   int2 place = {0, 0};  // first k row, keys
   int done = 0;         // keys already given
 };
+
+// A stage's i-th block (or part of one): the k row of its first key, and who chose it. By one warp.
+template <typename Shape>
+__device__ __forceinline__ void describe_part(const KeyRing<Shape>& ring, int i, int key, int words, unsigned members,
+                                              int lane) {
+  const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
+  if (lane == 0) store_shared(info, key);
+  if (lane < words) store_shared(info + 4 + 4 * lane, static_cast<int>(members));
+}
 
 // All producer warps walk the union for themselves (cheaper than telling each other) and copy a share of every stage.
 template <typename Shape>
@@ -205,13 +217,13 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
   int2 upcoming = place_upcoming();
   BlockParts block;
   block.done = plan.block_size;
-  unsigned members[Shape::kWords] = {};
+  unsigned members = 0;
   bool last;
   do {
     barrier_wait(ring.empty(), ring.phase ^ 1);
     for (int i = 0; i < parts; ++i) {
       if (block.done >= plan.block_size) {
-        walk.next(members);
+        members = walk.next(lane);
         block = {upcoming, 0};
         upcoming = place_upcoming();  // a stage ahead: its latency hides behind the copies
       }
@@ -226,19 +238,12 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
         copy_k.some(ring.keys() + i * part * Shape::TileK::kRowBytes, k_rows, k.row_bytes, part, valid);
         copy_v.some(ring.values() + i * part * Shape::TileV::kRowBytes, v_rows, v.row_bytes, part, valid);
       }
-      if (thread == 0) {
-        const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
-        store_shared(info, key);
-#pragma unroll
-        for (int w = 0; w < Shape::kWords; ++w) {
-          if (w > 0 && w >= walk.words()) break;
-          store_shared(info + 4 + 4 * w, valid ? members[w] : 0);
-        }
-      }
+      if (warp == 0) describe_part(ring, i, key, walk.words(), valid ? members : 0, lane);
       block.done += part;
     }
     last = walk.upcoming() == cuda::kNoBlock && block.done >= min(block.place.y, plan.block_size);
     barrier_arrive_after_copies(ring.full());
+    __syncwarp();
     if (thread == 0) ring.publish(number, last);
     ring.advance();
   } while (!last);
@@ -254,7 +259,7 @@ __device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda
     produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, warps), warps, group, ring, warp, lane);
   }
   barrier_wait(ring.empty(), ring.phase ^ 1);
-  barrier_arrive_after_copies(ring.full());
+  barrier_arrive(ring.full());
   if (warp == 0 && lane == 0) ring.publish(-1, true);
 }
 
@@ -275,21 +280,23 @@ struct Visibility {
   // first_token: of the tile
   __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, int first_token,
                                           const cuda::Plan& plan) const {
-    // all four lanes of a row write the same
-    store_shared(places + 64 * r, row.real ? row.token - first_token : 0);
-    store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
+    if ((threadIdx.x & 3) == 0) {
+      store_shared(places + 64 * r, row.real ? row.token - first_token : 0);
+      store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
+    }
+    __syncwarp();
   }
 
-  // False where the warp sees nothing of the stage; the same answer in all lanes. Most stages of a tile are another
-  // warp's.
-  __device__ __forceinline__ bool read(const KeyRing<Shape>& ring, int block_size) {
+  // False where the warp sees nothing of the stage that `info` describes; the same answer in all lanes. Most stages of
+  // a tile are another warp's.
+  __device__ __forceinline__ bool read(uint32_t info, int block_size) {
     const int2 place[2] = {load_shared_pair(places), load_shared_pair(places + 64)};
     if (block_size >= Shape::kKeys) {
       bool member[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) member[r] = is_member(ring.info(), place[r].x);
+      for (int r = 0; r < 2; ++r) member[r] = is_member(info, place[r].x);
       if (!__any_sync(kFullWarp, member[0] || member[1])) return false;
-      const int first = load_shared(ring.info());
+      const int first = load_shared(info);
       const int keys[2] = {member[0] ? place[0].y - first + 1 : 0, member[1] ? place[1].y - first + 1 : 0};
       if (__all_sync(kFullWarp, min(keys[0], keys[1]) >= Shape::kKeys)) {  // most stages that aren't skipped
         seen[0] = seen[1] = kAll;
@@ -307,11 +314,11 @@ struct Visibility {
 #pragma unroll
       for (int c = 0; c < Shape::kParts; ++c) {
         const int i = 16 * c / part;
-        const uint32_t info = ring.info() + 4 * Shape::kPartWords * i;
-        const int first = load_shared(info) + 16 * c - i * part;
+        const uint32_t part_info = info + 4 * Shape::kPartWords * i;
+        const int first = load_shared(part_info) + 16 * c - i * part;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const int keys = is_member(info, place[r].x) ? min(max(place[r].y - first + 1, 0), 16) : 0;
+          const int keys = is_member(part_info, place[r].x) ? min(max(place[r].y - first + 1, 0), 16) : 0;
           seen[r] |= keys << (8 * c);
         }
       }
@@ -319,6 +326,7 @@ struct Visibility {
     return __any_sync(kFullWarp, (seen[0] | seen[1]) != 0);
   }
 
+  __device__ __forceinline__ void set_everything() { seen[0] = seen[1] = kAll; }
   __device__ __forceinline__ bool everything() const { return seen[0] == kAll && seen[1] == kAll; }
 
   static __device__ __forceinline__ bool is_member(uint32_t info, int token) {

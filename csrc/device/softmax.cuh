@@ -25,21 +25,13 @@ struct OnlineSoftmax {
     }
   }
 
-  // Scores -> P = exp2(scores * scale_log2 - max2), following the maximum; O is rescaled where it moved.
-  // Where sees says so, a score counts as -inf.
+  // Before exponentiate(): follows the rows' maximum. Where sees says so, a score becomes -inf. Scores are scaled here
+  // where scale_log2, which becomes 1, isn't positive: their maximum isn't the scaled maximum.
+  // True: the maximum moved, and O must be multiplied by factor[row] before the new P is added.
   template <typename Sees, int kColumns>
-  __device__ __forceinline__ void update(float (&s)[kColumns][4], const Sees& sees, float scale_log2, int lane) {
-    float factor[2];
-    if (follow_maximum(s, sees, scale_log2, lane, factor)) rescale(factor);
-    exponentiate(s, scale_log2);
-  }
-
-  // The steps of update(). True: the maximum moved, and O has to be rescaled by `factor` before anything is added to
-  // it.
-  template <typename Sees, int kColumns>
-  __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], const Sees& sees, float& scale_log2, int lane,
-                                                 float (&factor)[2]) {
-    if (!(scale_log2 > 0.f)) {  // the maximum of the scaled scores isn't the scaled maximum: scale first
+  __device__ __forceinline__ bool follow_maximum(float (&s)[kColumns][4], float (&factor)[2], const Sees& sees,
+                                                 float& scale_log2, int lane) {
+    if (!(scale_log2 > 0.f)) {
 #pragma unroll
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -67,26 +59,21 @@ struct OnlineSoftmax {
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 1));
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 2)) * scale_log2;
     }
-    if (!__any_sync(kFullWarp, highest[0] > max2[0] + kRescaleThreshold || highest[1] > max2[1] + kRescaleThreshold))
-      return false;
+    const bool moves =
+        __any_sync(kFullWarp, highest[0] > max2[0] + kRescaleThreshold || highest[1] > max2[1] + kRescaleThreshold);
+    if (moves) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float moved = fmaxf(max2[r], highest[r]);
-      factor[r] = moved == -INFINITY ? 1.f : exp2_approx(max2[r] - moved);
-      max2[r] = moved;
-      sum[r] *= factor[r];
+      for (int r = 0; r < 2; ++r) {
+        const float moved = fmaxf(max2[r], highest[r]);
+        factor[r] = moved == -INFINITY ? 1.f : exp2_approx(max2[r] - moved);
+        max2[r] = moved;
+        sum[r] *= factor[r];
+      }
     }
-    return true;
+    return moves;
   }
 
-  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
-#pragma unroll
-    for (int n = 0; n < kDv / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) o[n][i] *= factor[i / 2];
-    }
-  }
-
+  // Scores -> P = exp2(scores * scale_log2 - max2).
   template <int kColumns>
   __device__ __forceinline__ void exponentiate(float (&s)[kColumns][4], float scale_log2) {
     const float base[2] = {max2[0] == -INFINITY ? 0.f : max2[0], max2[1] == -INFINITY ? 0.f : max2[1]};
@@ -97,6 +84,14 @@ struct OnlineSoftmax {
         s[n][i] = exp2_approx(s[n][i] * scale_log2 - base[i / 2]);
         sum[i / 2] += s[n][i];
       }
+    }
+  }
+
+  __device__ __forceinline__ void rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < kDv / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[n][i] *= factor[i / 2];
     }
   }
 

@@ -156,12 +156,12 @@ __device__ __forceinline__ void round_to_operand(uint32_t (&a)[kColumns / 16][4]
   }
 }
 
-template <int kColumns>
-__device__ __forceinline__ void clear(float (&acc)[kColumns][4]) {
+template <typename T, int kColumns>
+__device__ __forceinline__ void clear(T (&acc)[kColumns][4]) {
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0;
   }
 }
 

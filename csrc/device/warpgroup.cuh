@@ -1,5 +1,4 @@
-// What a consumer warpgroup of the Hopper kernels needs besides wgmma: its rows in shared memory, and which stages
-// concern it.
+// What a consumer warpgroup of the Hopper kernels needs besides wgmma: its rows in shared memory.
 #pragma once
 
 #include "device/query_tile.cuh"
@@ -21,6 +20,17 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }
 
+// Whether all threads of a warpgroup say so.
+__device__ __forceinline__ bool all_of_warpgroup(int warpgroup, bool value) {
+  int all;
+  asm volatile(
+      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.and.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}"
+      : "=r"(all)
+      : "r"(static_cast<int>(value)), "r"(1 + warpgroup)
+      : "memory");
+  return all != 0;
+}
+
 // Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist
 // become zeros.
 template <int kDim>
@@ -35,53 +45,22 @@ __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg&
   }
 }
 
-// The tokens of a warpgroup's four units, as places in the tile: a stage that none of them chose is skipped by all four
-// warps.
-struct GroupTokens {
-  int first, last;  // last < first: no real unit
-
-  __device__ __forceinline__ GroupTokens(const cuda::Units& units, const QueryTile& tile, int warpgroup, int group) {
-    const Unit begin(units, tile.first_unit + 4 * warpgroup, group);
-    first = last = 0;
-    if (!begin.real) {
-      last = -1;
-      return;
-    }
-    const int tile_token = Unit(units, tile.first_unit, group).first_token;
-    first = begin.first_token - tile_token;
-    last = first;
-#pragma unroll
-    for (int u = 0; u < 4; ++u) {
-      const Unit unit(units, tile.first_unit + 4 * warpgroup + u, group);
-      if (unit.real) last = unit.last_token(group) - tile_token;
-    }
-  }
-
-  // Whether any of them chose any block of the stage; the same answer in all four warps.
-  template <typename Shape>
-  __device__ __forceinline__ bool any(const KeyRing<Shape>& ring, int block_size) const {
-    const int parts = block_size >= Shape::kKeys ? 1 : Shape::kKeys / block_size;
-    unsigned found = 0;
-    for (int i = 0; i < parts; ++i) {
-      for (int word = first >> 5; word <= last >> 5; ++word) {
-        unsigned wanted = 0xffffffffu;
-        if (word == first >> 5) wanted &= 0xffffffffu << (first & 31);
-        if (word == last >> 5) wanted &= 0xffffffffu >> (31 - (last & 31));
-        found |= load_shared(ring.info() + 4 * Shape::kPartWords * i + 4 + 4 * word) & wanted;
-      }
-    }
-    return __shfl_sync(kFullWarp, found, 0) != 0;  // through a shuffle, so that ptxas knows the branch to be uniform
-  }
-};
+// A descriptor that ptxas knows to be the same in all lanes: steps along the operand are then additions to a uniform
+// register, where they took ten instructions each.
+__device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared, uint32_t leading = 16) {
+  return matrix_descriptor(__shfl_sync(kFullWarp, shared, 0), leading);
+}
+// `bytes` further; the address counts 16 bytes and stays below 256 KiB.
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 // acc[64 x 64 rows of b] = a b^T, both BoxTiles of 64 columns a box; a of 64 rows.
 template <typename Element, int kDim, int kRows>
 __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uint32_t a, uint32_t b) {
+  const uint64_t from_a = uniform_descriptor(a), from_b = uniform_descriptor(b);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
-    Wgmma<Element, kRows>::rows(acc, matrix_descriptor(a + step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
-                                matrix_descriptor(b + step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32),
-                                step > 0);
+    Wgmma<Element, kRows>::rows(acc, advance(from_a, step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
+                                advance(from_b, step / 4 * BoxTile<kDim, kRows>::kBoxBytes + step % 4 * 32), step > 0);
   }
 }
 
@@ -89,9 +68,10 @@ __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uin
 template <typename Element, int kRows, int kColumns>
 __device__ __forceinline__ void start_columns(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4],
                                               uint32_t b) {
+  const uint64_t from_b = uniform_descriptor(b, kRows * 128);
 #pragma unroll
   for (int step = 0; step < kRows / 16; ++step) {
-    Wgmma<Element, kColumns>::columns(acc, a[step], matrix_descriptor(b + step * 16 * 128, kRows * 128));
+    Wgmma<Element, kColumns>::columns(acc, a[step], advance(from_b, step * 16 * 128));
   }
 }
 

@@ -227,70 +227,48 @@ NSA_WGMMA(__nv_bfloat16, "bf16")
 NSA_WGMMA(__half, "f16")
 #undef NSA_WGMMA
 
-#define NSA_WGMMA(ELEMENT, TYPE)                                                                                      \
-  template <>                                                                                                         \
-  struct Wgmma<ELEMENT, 96> {                                                                                         \
-    /* d = a b^T (+ d where keep); both in shared memory, rows of 64 elements */                                      \
-    static __device__ __forceinline__ void rows(float (&d)[12][4], uint64_t a, uint64_t b, int keep) {                \
-      asm volatile(                                                                                                   \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"                                                                \
-          "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE                                                 \
-          " {"                                                                                                        \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "           \
-          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "           \
-          "%40, %41, %42, %43, %44, %45, %46, %47"                                                                    \
-          "}, %48, %49, p, 1, 1, 0, 0;\n}"                                                                            \
-          : NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3), NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7),           \
-            NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11)                                                          \
-          : "l"(a), "l"(b), "r"(keep));                                                                               \
-    }                                                                                                                 \
+#define NSA_WGMMA(ELEMENT, TYPE)                                                                            \
+  template <>                                                                                               \
+  struct Wgmma<ELEMENT, 96> {                                                                               \
+    /* d = a b^T (+ d where keep); both in shared memory, rows of 64 elements */                            \
+    static __device__ __forceinline__ void rows(float (&d)[12][4], uint64_t a, uint64_t b, int keep) {      \
+      asm volatile(                                                                                         \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %50, 0;\n"                                                      \
+          "wgmma.mma_async.sync.aligned.m64n96k16.f32." TYPE "." TYPE                                       \
+          " {"                                                                                              \
+          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+          "%40, %41, %42, %43, %44, %45, %46, %47"                                                          \
+          "}, %48, %49, p, 1, 1, 0, 0;\n}"                                                                  \
+          : NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3), NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7), \
+            NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11)                                                \
+          : "l"(a), "l"(b), "r"(keep));                                                                     \
+    }                                                                                                       \
   };
 NSA_WGMMA(__nv_bfloat16, "bf16")
 NSA_WGMMA(__half, "f16")
 #undef NSA_WGMMA
 
-#define NSA_WGMMA(ELEMENT, TYPE)                                                                                      \
-  template <>                                                                                                         \
-  struct Wgmma<ELEMENT, 112> {                                                                                        \
-    /* d = a b^T (+ d where keep); both in shared memory, rows of 64 elements */                                      \
-    static __device__ __forceinline__ void rows(float (&d)[14][4], uint64_t a, uint64_t b, int keep) {                \
-      asm volatile(                                                                                                   \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %58, 0;\n"                                                                \
-          "wgmma.mma_async.sync.aligned.m64n112k16.f32." TYPE "." TYPE                                                \
-          " {"                                                                                                        \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "           \
-          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "           \
-          "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55"                            \
-          "}, %56, %57, p, 1, 1, 0, 0;\n}"                                                                            \
-          : NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3), NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7),           \
-            NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11), NSA_ACC(12), NSA_ACC(13)                                \
-          : "l"(a), "l"(b), "r"(keep));                                                                               \
-    }                                                                                                                 \
-  };
-NSA_WGMMA(__nv_bfloat16, "bf16")
-NSA_WGMMA(__half, "f16")
-#undef NSA_WGMMA
-
-#define NSA_WGMMA(ELEMENT, TYPE)                                                                                      \
-  template <>                                                                                                         \
-  struct Wgmma<ELEMENT, 176> {                                                                                        \
-    /* d = a b^T (+ d where keep); both in shared memory, rows of 64 elements */                                      \
-    static __device__ __forceinline__ void rows(float (&d)[22][4], uint64_t a, uint64_t b, int keep) {                \
-      asm volatile(                                                                                                   \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"                                                                \
-          "wgmma.mma_async.sync.aligned.m64n176k16.f32." TYPE "." TYPE                                                \
-          " {"                                                                                                        \
-          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "           \
-          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "           \
-          "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "           \
-          "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "           \
-          "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87"                                                          \
-          "}, %88, %89, p, 1, 1, 0, 0;\n}"                                                                            \
-          : NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3), NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7),           \
-            NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11), NSA_ACC(12), NSA_ACC(13), NSA_ACC(14), NSA_ACC(15),     \
-            NSA_ACC(16), NSA_ACC(17), NSA_ACC(18), NSA_ACC(19), NSA_ACC(20), NSA_ACC(21)                              \
-          : "l"(a), "l"(b), "r"(keep));                                                                               \
-    }                                                                                                                 \
+#define NSA_WGMMA(ELEMENT, TYPE)                                                                                  \
+  template <>                                                                                                     \
+  struct Wgmma<ELEMENT, 176> {                                                                                    \
+    /* d = a b^T (+ d where keep); both in shared memory, rows of 64 elements */                                  \
+    static __device__ __forceinline__ void rows(float (&d)[22][4], uint64_t a, uint64_t b, int keep) {            \
+      asm volatile(                                                                                               \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, %90, 0;\n"                                                            \
+          "wgmma.mma_async.sync.aligned.m64n176k16.f32." TYPE "." TYPE                                            \
+          " {"                                                                                                    \
+          "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "       \
+          "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, "       \
+          "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, "       \
+          "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, "       \
+          "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87"                                                      \
+          "}, %88, %89, p, 1, 1, 0, 0;\n}"                                                                        \
+          : NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3), NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7),       \
+            NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11), NSA_ACC(12), NSA_ACC(13), NSA_ACC(14), NSA_ACC(15), \
+            NSA_ACC(16), NSA_ACC(17), NSA_ACC(18), NSA_ACC(19), NSA_ACC(20), NSA_ACC(21)                          \
+          : "l"(a), "l"(b), "r"(keep));                                                                           \
+    }                                                                                                             \
   };
 NSA_WGMMA(__nv_bfloat16, "bf16")
 NSA_WGMMA(__half, "f16")

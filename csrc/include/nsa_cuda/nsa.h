@@ -119,8 +119,8 @@ struct SelectedAttentionBackward {
   int num_threads = 0;
 };
 
-// Bytes of scratch that the call needs, 256-byte aligned. A function of sizes alone: no device memory is read, and
-// tensor pointers only count as null or not. 0 bytes is possible.
+// Bytes of scratch that the call needs, 256-byte aligned. A function of sizes and the current device alone: no device
+// memory is read, and tensor pointers only count as null or not. 0 bytes is possible.
 NSA_API Status selected_attention_workspace(const SelectedAttentionForward& args, std::size_t* bytes);
 NSA_API Status selected_attention_workspace(const SelectedAttentionBackward& args, std::size_t* bytes);
 

@@ -41,7 +41,9 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, uint32_t stage, int k
   device::multiply_transposed<Element, Config::kDk, Config::kKeys>(s, rows.q, stage, lane);
   rows.sees.stage = key;
   rows.sees.all = all;
-  rows.softmax.update(s, rows.sees, scale_log2, lane);
+  float factor[2];
+  if (rows.softmax.follow_maximum(s, factor, rows.sees, scale_log2, lane)) rows.softmax.rescale(factor);
+  rows.softmax.exponentiate(s, scale_log2);
   uint32_t p[Config::kKeys / 16][4];
   device::round_to_operand<Element, Config::kKeys>(p, s);
   device::multiply<Element, Config::kDv, Config::kKeys, Config::kDv>(rows.softmax.o, p, stage + Config::kKeyBytes,

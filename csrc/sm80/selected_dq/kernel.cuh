@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(warps);
+  if (threadIdx.x == 0) ring.init(32 * Config::kProducerWarps + 1, warps);
   __syncthreads();
   if (warp >= warps) {
     device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), ring, warp, lane, sees, lse2, delta);
     device::clear(dq);
     while (true) {
-      if (sees.read(ring, a.plan.block_size)) {
+      if (sees.read(ring.info(), a.plan.block_size)) {
 #pragma unroll 1
         for (int first = 0; first < Config::kKeys; first += Config::kStep) {
           attend<Config>(a, ring, sees, lse2, delta, first, warp, lane, dq);

@@ -48,7 +48,9 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>
   float s[Config::kKeys / 8][4];
   device::clear(s);
   device::multiply_transposed<Element, Config::kDk, Config::kKeys>(s, rows.q, ring.keys(), lane);
-  rows.softmax.update(s, sees, scale_log2, lane);
+  float factor[2];
+  if (rows.softmax.follow_maximum(s, factor, sees, scale_log2, lane)) rows.softmax.rescale(factor);
+  rows.softmax.exponentiate(s, scale_log2);
   uint32_t p[Config::kKeys / 16][4];
   device::round_to_operand<Element, Config::kKeys>(p, s);
   device::multiply<Element, Config::kDv, Config::kKeys, Config::kDv>(rows.softmax.o, p, ring.values(), lane);
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(warps);
+  if (threadIdx.x == 0) ring.init(32 * Config::kProducerWarps + 1, warps);
   __syncthreads();
 
   if (warp >= warps) {
@@ -73,7 +75,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     Rows<Config> rows;
     load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), warp, lane, sees, rows);
     while (true) {
-      if (sees.read(ring, a.plan.block_size)) attend<Config>(rows, ring, sees, a.scale_log2, lane);
+      if (sees.read(ring.info(), a.plan.block_size)) attend<Config>(rows, ring, sees, a.scale_log2, lane);
       if (ring.is_last()) break;
       ring.release(lane);
       device::barrier_wait(ring.full(), ring.phase);

@@ -3,21 +3,18 @@
 
 #include "common/range_args.h"
 #include "device/tile.cuh"
-#ifndef RANGE_DQ_KEYS
-#define RANGE_DQ_KEYS 96
-#endif
 
 namespace nsa::sm90::range_dq {
 
 // Consumer warpgroups of 64 query rows, and a producer of one thread. Q and dO lie in shared memory, so a thread holds
 // dQ Dk / 2, scores and dP keys / 2 each, dS keys / 4 and about 30 more:
-//   (64, 64) 32 + 32 + 32 + 16   (128, 128) 64 + 32 + 32 + 16 = 144: three warpgroups of 160 registers
-//   (192, 128) 96 + 32 + 32 + 16   (256, 256) 128 + 16 + 16 + 8: two of 240
+//   (64, 64) 32 + 32 + 32 + 16: three warpgroups of 160 registers
+//   (128, 128) 64 + 48 + 48 + 24   (192, 128) 96 + 32 + 32 + 16   (256, 256) 128 + 16 + 16 + 8: two of 240
 template <typename Element_, int kDk_, int kDv_>
 struct Config {
   using Element = Element_;
   static constexpr int kDk = kDk_, kDv = kDv_;
-  static constexpr int kKeys = kDk == 256 ? 32 : kDk == 128 ? RANGE_DQ_KEYS : 64;  // a stage
+  static constexpr int kKeys = kDk == 256 ? 32 : kDk == 128 ? 96 : 64;  // a stage
   static constexpr int kUnits = cuda::range_tiles(Backend::kSm90, true, kDk).query_units;
   static constexpr int kRows = 16 * kUnits;
   static constexpr int kConsumers = 32 * kUnits, kThreads = kConsumers + 128;

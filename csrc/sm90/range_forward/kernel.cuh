@@ -101,14 +101,11 @@ __device__ __forceinline__ void produce(const RangeForwardArgs& a, const Maps& m
 }
 
 // The warpgroups' turns at issuing products. Barriers 1 .. are sync_warpgroup's.
-template <typename Config>
 struct Turn {
   int warpgroup;
-  __device__ __forceinline__ void wait() const {
-    if constexpr (Config::kTakeTurns) asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory");
-  }
+  __device__ __forceinline__ void wait() const { asm volatile("bar.sync %0, 256;" ::"r"(4 + warpgroup) : "memory"); }
   __device__ __forceinline__ void pass() const {
-    if constexpr (Config::kTakeTurns) asm volatile("bar.arrive %0, 256;" ::"r"(4 + (warpgroup ^ 1)) : "memory");
+    asm volatile("bar.arrive %0, 256;" ::"r"(4 + (warpgroup ^ 1)) : "memory");
   }
 };
 
@@ -124,7 +121,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   using Element = typename Config::Element;
   constexpr int kDk = Config::kDk, kDv = Config::kDv, kKeys = Config::kKeys;
   const uint32_t q = shared.queries(warpgroup);
-  const Turn<Config> turn = {warpgroup};
+  const Turn turn = {warpgroup};
   float s[kKeys / 8][4], factor[2];
   uint32_t p[kKeys / 16][4];
   auto look = [&](int i) {
@@ -142,7 +139,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   release(shared.empty_k(shared.stage), lane);
   look(0);
   float scale = scale_log2;
-  softmax.follow_maximum(s, sees, scale, lane, factor);  // O is still 0
+  softmax.follow_maximum(s, factor, sees, scale, lane);  // O is still 0
   softmax.exponentiate(s, scale);
   device::round_to_operand<Element, kKeys>(p, s);
   for (int i = 1; i < stages; ++i) {
@@ -165,7 +162,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
     release(shared.empty_k(shared.stage), lane);
     look(i);
     scale = scale_log2;
-    const bool moved = softmax.follow_maximum(s, sees, scale, lane, factor);
+    const bool moved = softmax.follow_maximum(s, factor, sees, scale, lane);
     softmax.exponentiate(s, scale);
     device::wgmma_wait<0>();
     device::hold(softmax.o);
@@ -193,7 +190,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
 template <typename Config>
 __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config>& shared, int warp, int lane) {
   const int warpgroup = warp / 4;
-  if (Config::kTakeTurns && warpgroup == 1) Turn<Config>{1}.pass();  // the first turn is warpgroup 0's
+  if (warpgroup == 1) Turn{1}.pass();  // the first turn is warpgroup 0's
   for (int nth = 0;; ++nth) {
     device::barrier_wait(shared.full_q(), nth & 1);
     const uint32_t info = shared.info(nth);

@@ -7,7 +7,7 @@ namespace nsa::sm90::selected_dq {
 
 template <typename Config>
 Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_query_tiles<Config>("selected attention dq", kernel<Config>, args, device, Config::kMaxWarps);
+  return cuda::launch_tma_query_tiles<Config>("selected attention dq", kernel<Config>, args, device);
 }
 
 }  // namespace nsa::sm90::selected_dq

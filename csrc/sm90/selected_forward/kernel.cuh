@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device/softmax.cuh"
-#include "device/warpgroup.cuh"
+#include "device/warpgroup_tile.cuh"
 #include "sm90/selected_forward/config.h"
 
 namespace nsa::sm90::selected_forward {
@@ -27,71 +27,87 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
   device::sync_warpgroup(warp / 4);
 }
 
-// One stage of keys, by all four warps; a warp whose unit sees nothing of it adds nothing.
+// The products of the walk (device/warpgroup_tile.cuh): S = Q K^T, O += P V.
 template <typename Config>
-__device__ __forceinline__ void attend(device::OnlineSoftmax<Config::kDv>& softmax, uint32_t q,
-                                       const KeyRing<Config>& ring, const device::Visibility<Config>& sees, bool any,
-                                       float scale_log2, int lane) {
+struct Pass {
   using Element = typename Config::Element;
+  const KeyRing<Config>& ring;
+  device::Visibility<Config> sees;
+  uint32_t q;
+  int warp, lane, block_size;
+  float scale_log2;
+  device::OnlineSoftmax<Config::kDv> softmax;
   float s[Config::kKeys / 8][4];
-  device::fence_shared_for_wgmma();
-  device::wgmma_fence();
-  device::start_transposed<Element, Config::kDk, Config::kKeys>(s, q, ring.keys());
-  device::wgmma_commit();
-  device::wgmma_wait<0>();
-  device::hold(s);
-  uint32_t p[Config::kKeys / 16][4] = {};
-  if (any) {
-    softmax.update(s, sees, scale_log2, lane);
-    device::round_to_operand<Element, Config::kKeys>(p, s);
+  uint32_t p[Config::kKeys / 16][4];
+  float factor[2];
+  bool any, moved;
+
+  __device__ __forceinline__ Pass(const ForwardArgs& a, const KeyRing<Config>& ring_, int warp_, int lane_)
+      : ring(ring_),
+        sees(ring_, warp_, lane_),
+        q(ring_.own(warp_ / 4 * 4)),
+        warp(warp_),
+        lane(lane_),
+        block_size(a.plan.block_size),
+        scale_log2(a.scale_log2) {}
+
+  __device__ __forceinline__ void start_scores(int stage) {
+    device::start_transposed<Element, Config::kDk, Config::kKeys>(s, q, ring.keys(stage));
   }
-  device::hold(softmax.o);
-  device::wgmma_fence();
-  device::start_columns<Element, Config::kKeys, Config::kDv>(softmax.o, p, ring.values());
-  device::wgmma_commit();
-  device::wgmma_wait<0>();
-  device::hold(softmax.o);
-}
+  __device__ __forceinline__ void start_sum(int stage) {
+    device::start_columns<Element, Config::kKeys, Config::kDv>(softmax.o, p, ring.values(stage));
+  }
+  __device__ __forceinline__ void hold_scores() { device::hold(s); }
+  __device__ __forceinline__ void hold_sum() { device::hold(softmax.o); }
+  // A warp whose unit chose nothing of the stage adds nothing.
+  __device__ __forceinline__ void weigh(int stage, unsigned flags) {
+    any = (flags & device::StageFlags::any(warp)) != 0;
+    moved = false;
+    if (!any) return;
+    sees.set_everything();
+    if (!(flags & device::StageFlags::all(warp))) sees.read(ring.info(stage), block_size);
+    float scale = scale_log2;
+    moved = softmax.follow_maximum(s, factor, sees, scale, lane);
+    softmax.exponentiate(s, scale);
+  }
+  __device__ __forceinline__ void settle() {
+    if (moved) softmax.rescale(factor);
+    if (any) {
+      device::round_to_operand<Element, Config::kKeys>(p, s);
+    } else {
+      device::clear(p);
+    }
+  }
+};
 
 template <typename Config>
 __device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
                                         int warp, int lane) {
   const int warpgroup = warp / 4;
-  const uint32_t q = ring.own(4 * warpgroup);
-  device::Visibility<Config> sees(ring, warp, lane);
   for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
-    device::OnlineSoftmax<Config::kDv> softmax;
-    device::GroupTokens tokens(a.plan.units, QueryTile(t, tiles_per_head, warps), warpgroup, a.group);
-    load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), q, warp, lane, sees);
-    softmax.reset();
-    while (true) {
-      if (tokens.any(ring, a.plan.block_size)) {
-        const bool any = sees.read(ring, a.plan.block_size);
-        attend<Config>(softmax, q, ring, sees, any, a.scale_log2, lane);
-      }
-      if (ring.is_last()) break;
-      ring.release(lane);
-      device::barrier_wait(ring.full(), ring.phase);
-    }
-    t = ring.wait_tile();  // again, rather than kept in a register
-    ring.release(lane);
+    Pass<Config> pass(a, ring, warp, lane);
+    const QueryTile tile(t, tiles_per_head, warps);
+    load_rows<Config>(a, tile, pass.q, warp, lane, pass.sees);
+    pass.softmax.reset();
+    device::walk_stages<Config>(ring, warpgroup, lane, pass);
     device::sync_warpgroup(warpgroup);  // nobody reads this tile's Q any more
-    softmax.template store<typename Config::Element>(a, QueryTile(t, tiles_per_head, warps), warp, lane);
+    pass.softmax.template store<typename Config::Element>(a, tile, warp, lane);
   }
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ ForwardArgs a, int stages, int warps, int tiles_per_head) {
+    kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ cuda::KeyMaps maps, int stages, int warps,
+           int tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(warps);
+  if (threadIdx.x == 0) ring.init(1, warps);
   __syncthreads();
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
-    device::produce_tiles<Config>(a.plan, a.k, a.v, a.num_heads_k, a.group, warps, tiles_per_head, ring, warp - warps,
-                                  lane);
+    if (warp > warps) return;
+    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, a.num_heads_k, lane}.run(ring);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, ring, warps, tiles_per_head, warp, lane);

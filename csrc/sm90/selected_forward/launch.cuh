@@ -7,8 +7,7 @@ namespace nsa::sm90::selected_forward {
 
 template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_query_tiles<Config>("selected attention forward", kernel<Config>, args, device,
-                                          Config::kMaxWarps);
+  return cuda::launch_tma_query_tiles<Config>("selected attention forward", kernel<Config>, args, device);
 }
 
 }  // namespace nsa::sm90::selected_forward

@@ -1,0 +1,92 @@
+// The consumers of the Hopper kernels over query tiles: a warpgroup of four units (64 rows) goes through the stages of
+// its tile. What it computes is a Pass:
+//   start_scores(stage)        starts the products that weigh a stage's keys (S; dQ: S and dP)
+//   weigh(stage, flags)        turns them into the operand of the sum (P; dQ: dS), in registers that no product uses
+//   settle()                   behind weigh, once no product is in flight: makes that operand the next sum's
+//   start_sum(stage)           starts the sum over the stage's keys (O += P V; dQ += dS K)
+//   hold_scores(), hold_sum()  keep the compiler from touching either before its product is done
+//
+// While one stage is weighed, the tensor cores do the sum of the stage before: without that overlap the tensor cores
+// stood still for a third of the time.
+#pragma once
+
+#include "device/tma_producer.cuh"
+#include "device/warpgroup.cuh"
+
+namespace nsa::device {
+
+template <typename Shape>
+struct StageWalk {
+  KeyRing<Shape>& ring;
+  unsigned mine;  // the `any` bits of this warpgroup's units
+  int warpgroup, lane;
+  int stage = 0;  // of what find() found
+  bool ended = false;
+
+  __device__ __forceinline__ StageWalk(KeyRing<Shape>& ring_, int warpgroup_, int lane_)
+      : ring(ring_), mine(0xfu << (4 * warpgroup_)), warpgroup(warpgroup_), lane(lane_) {}
+
+  // The flags of the tile's next stage that concerns this warpgroup; 0: there is none, or (kReady) it isn't loaded yet.
+  // The same answer in all four warps. A stage found must be released, others already are.
+  template <bool kReady>
+  __device__ __forceinline__ unsigned find() {
+    while (!ended) {
+      if (kReady) {
+        if (!all_of_warpgroup(warpgroup, barrier_test(ring.full(), ring.phase))) return 0;
+      } else {
+        barrier_wait(ring.full(), ring.phase);
+      }
+      // through a shuffle, so that ptxas knows the branches to be uniform
+      const unsigned flags = __shfl_sync(kFullWarp, load_shared(ring.flags()), 0);
+      stage = ring.stage;
+      ended = (flags & StageFlags::kLast) != 0;
+      ring.advance();
+      if (flags & mine) return flags;
+      release(stage);
+    }
+    return 0;
+  }
+  __device__ __forceinline__ void release(int done) const {
+    if (lane == 0) barrier_arrive(ring.empty(done));
+  }
+};
+
+template <typename Shape, typename Pass>
+__device__ __forceinline__ void walk_stages(KeyRing<Shape>& ring, int warpgroup, int lane, Pass& pass) {
+  StageWalk<Shape> walk(ring, warpgroup, lane);
+  while (const unsigned first = walk.template find<false>()) {
+    wgmma_fence();
+    pass.start_scores(walk.stage);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pass.hold_scores();
+    pass.weigh(walk.stage, first);
+    pass.settle();
+    int held = walk.stage;
+    while (const unsigned next = walk.template find<true>()) {
+      pass.hold_sum();
+      wgmma_fence();
+      pass.start_scores(walk.stage);
+      wgmma_commit();
+      pass.start_sum(held);
+      wgmma_commit();
+      wgmma_wait<1>();
+      pass.hold_scores();
+      pass.weigh(walk.stage, next);
+      wgmma_wait<0>();
+      pass.hold_sum();
+      walk.release(held);
+      pass.settle();
+      held = walk.stage;
+    }
+    pass.hold_sum();
+    wgmma_fence();
+    pass.start_sum(held);
+    wgmma_commit();
+    wgmma_wait<0>();
+    pass.hold_sum();
+    walk.release(held);
+  }
+}
+
+}  // namespace nsa::device
