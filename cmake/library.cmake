@@ -10,7 +10,6 @@ endif()
 
 add_library(nsa_cuda SHARED
   csrc/host/api.cpp
-  csrc/host/missing_kernels.cpp
   csrc/host/problem.cpp
   csrc/host/build_info.cpp
   csrc/host/gated_sum.cpp

@@ -24,3 +24,12 @@ foreach(operation range_forward range_dq range_dkdv)
     endforeach()
   endforeach()
 endforeach()
+
+# Dv takes no part; the column repeats Dk.
+foreach(dtype bfloat16 float16)
+  foreach(family sm80 sm90)
+    foreach(dk 64 128 192 256)
+      nsa_instance(${family} select_blocks ${dtype} ${dk} ${dk})
+    endforeach()
+  endforeach()
+endforeach()

@@ -121,17 +121,19 @@ def test_packed_equals_batched(target: Target):
 @pytest.mark.parametrize("target", ALL)
 @pytest.mark.parametrize("value", [1e4, math.nan, math.inf], ids=["large", "nan", "inf"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_another_sequence_does_not_matter(target: Target, value: float, causal: bool):
-    """Nothing crosses a sequence: what the second holds never shows in the first, whose last block reaches into it."""
-    case = Case("neighbours", seqlens_q=(37, 60), seqlens_k=(70, 60), Hq=8, Hkv=2, S=3, causal=causal)
+@pytest.mark.parametrize("tokens", [5, 37])
+def test_another_sequence_does_not_matter(target: Target, value: float, causal: bool, tokens: int):
+    """Nothing crosses a sequence: what the second holds never shows in the first, whose last block reaches into it.
+    5 tokens share a tile of 12 units of 16 rows with the second sequence, the last of 37 one of 8 units."""
+    case = Case("neighbours", seqlens_q=(tokens, 60), seqlens_k=(70, 60), Hq=8, Hkv=2, S=3, causal=causal)
     made = make(case, target)
     first = run(made, target.backend)
-    for x, start in ((made.q, 37), (made.k, 70), (made.v, 70), (made.dout, 37)):
+    for x, start in ((made.q, tokens), (made.k, 70), (made.v, 70), (made.dout, tokens)):
         x[start + 5 :: 11] = value
     second = run(made, target.backend)
-    rows = {"o": 37, "lse": 37, "dq": 37, "dk": 70, "dv": 70}
+    rows = {"o": tokens, "lse": tokens, "dq": tokens, "dk": 70, "dv": 70}
     assert_same_bits({n: x[: rows[n]] for n, x in first.items()}, {n: x[: rows[n]] for n, x in second.items()})
-    assert not torch.equal(first["o"][37:], second["o"][37:])
+    assert not torch.equal(first["o"][tokens:], second["o"][tokens:])
 
 
 @pytest.mark.parametrize("target", ALL)

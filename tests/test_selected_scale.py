@@ -77,6 +77,20 @@ def test_one_million_tokens(target: Target):
     assert not lines, "\n".join(lines)
 
 
+@pytest.mark.parametrize("target", CUDA_BF16)
+def test_unions_of_thousands_of_blocks(target: Target):
+    """One head a group: a tile of 192 rows is 192 tokens, whose 64 choices of 16384 blocks have 8600 blocks in all."""
+    need_memory(target, 8)
+    case = Case("unions", Tq=2**18, Tk=2**18, Hq=1, Hkv=1, block_size=16, S=64)
+    made = long_inputs(case, target.device, target.dtype, seed=11)
+    assert made.block_indices[0, -192:].unique().numel() > 8000
+    found = run(made, target.backend)
+    lines = check_rows(made, found, sample(case.Tq, target.device))
+    for block in (3000, 9000, 16383):
+        lines += check_key_block(made, found, block, 0)
+    assert not lines, "\n".join(lines)
+
+
 def spread(x: Tensor) -> Tensor:
     """The same values in a buffer whose last row lies past 2^31 elements. On the CPU untouched pages cost nothing."""
     rows, rest = x.shape[1], x[0, 0].numel()

@@ -10,7 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "values.h"
+#include "attention.h"
 
 namespace nsa_binding {
 namespace {
@@ -59,75 +59,14 @@ nsa::SelectedAttentionProblem make_problem(int device, int backend, int dtype, s
   return problem;
 }
 
-std::size_t forward_workspace(const nsa::SelectedAttentionProblem& problem, bool want_lse, int num_threads) {
-  nsa::SelectedAttentionForward args;
-  args.problem = problem;
-  args.lse = present_if(want_lse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
-  return bytes;
-}
-
-std::size_t backward_workspace(const nsa::SelectedAttentionProblem& problem, bool need_dq, bool need_dk, bool need_dv,
-                               bool has_dlse, int num_threads) {
-  nsa::SelectedAttentionBackward args;
-  args.problem = problem;
-  args.dq = present_if(need_dq);
-  args.dk = present_if(need_dk);
-  args.dv = present_if(need_dv);
-  args.dlse = present_if(has_dlse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(nsa::selected_attention_workspace(args, &bytes));
-  return bytes;
-}
-
-template <typename Arguments>
-void run(Arguments& args, Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
-  args.workspace = pointer<void>(workspace);
-  args.workspace_bytes = workspace_bytes;
-  args.stream = pointer<CUstream_st>(stream);
-  args.num_threads = num_threads;
-  nsa::Status status;
-  {
-    const py::gil_scoped_release release;
-    status = nsa::selected_attention(args);
+struct SelectedAttention {
+  using Forward = nsa::SelectedAttentionForward;
+  using Backward = nsa::SelectedAttentionBackward;
+  static nsa::Status workspace(const auto& args, std::size_t* bytes) {
+    return nsa::selected_attention_workspace(args, bytes);
   }
-  raise_unless_ok(status);
-}
-
-void forward(const nsa::SelectedAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, Address workspace,
-             std::size_t workspace_bytes, Address stream, int num_threads) {
-  nsa::SelectedAttentionForward args;
-  args.problem = problem;
-  args.q = make_tensor(q);
-  args.k = make_tensor(k);
-  args.v = make_tensor(v);
-  args.o = make_tensor(o);
-  args.lse = make_tensor(lse);
-  run(args, workspace, workspace_bytes, stream, num_threads);
-}
-
-void backward(const nsa::SelectedAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-              const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout,
-              const TensorTuple& dlse, const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv,
-              Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
-  nsa::SelectedAttentionBackward args;
-  args.problem = problem;
-  args.q = make_tensor(q);
-  args.k = make_tensor(k);
-  args.v = make_tensor(v);
-  args.o = make_tensor(o);
-  args.lse = make_tensor(lse);
-  args.dout = make_tensor(dout);
-  args.dlse = make_tensor(dlse);
-  args.dq = make_tensor(dq);
-  args.dk = make_tensor(dk);
-  args.dv = make_tensor(dv);
-  run(args, workspace, workspace_bytes, stream, num_threads);
-}
+  static nsa::Status call(const auto& args) { return nsa::selected_attention(args); }
+};
 
 std::string kernel_name(const nsa::SelectedAttentionProblem& problem) {
   char name[256];
@@ -149,11 +88,12 @@ PYBIND11_MODULE(_C, module) {
   using namespace nsa_binding;
   py::class_<nsa::SelectedAttentionProblem>(module, "Problem").def(py::init(&make_problem));
   // On the CPU every thread has scratch of its own: the call that follows may use as many threads as were named here.
-  module.def("forward_workspace", &forward_workspace, py::arg(), py::arg(), py::arg("num_threads") = 0);
-  module.def("backward_workspace", &backward_workspace, py::arg(), py::arg(), py::arg(), py::arg(), py::arg(),
+  module.def("forward_workspace", &forward_workspace<SelectedAttention>, py::arg(), py::arg(),
              py::arg("num_threads") = 0);
-  module.def("forward", &forward);
-  module.def("backward", &backward);
+  module.def("backward_workspace", &backward_workspace<SelectedAttention>, py::arg(), py::arg(), py::arg(), py::arg(),
+             py::arg(), py::arg("num_threads") = 0);
+  module.def("forward", &forward<SelectedAttention>);
+  module.def("backward", &backward<SelectedAttention>);
   bind_gated_sum(module);
   bind_range_attention(module);
   module.def("kernel_name", &kernel_name);

@@ -5,7 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "values.h"
+#include "attention.h"
 
 namespace nsa_binding {
 namespace {
@@ -43,77 +43,14 @@ nsa::RangeAttentionProblem make_problem(int device, int backend, int dtype, std:
   return problem;
 }
 
-std::size_t forward_workspace(const nsa::RangeAttentionProblem& problem, bool want_lse, int num_threads) {
-  nsa::RangeAttentionForward args;
-  args.problem = problem;
-  args.lse = present_if(want_lse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(nsa::range_attention_workspace(args, &bytes));
-  return bytes;
-}
-
-std::size_t backward_workspace(const nsa::RangeAttentionProblem& problem, bool need_dq, bool need_dk, bool need_dv,
-                               bool has_dlse, int num_threads) {
-  nsa::RangeAttentionBackward args;
-  args.problem = problem;
-  args.dq = present_if(need_dq);
-  args.dk = present_if(need_dk);
-  args.dv = present_if(need_dv);
-  args.dlse = present_if(has_dlse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(nsa::range_attention_workspace(args, &bytes));
-  return bytes;
-}
-
-// function: nsa::range_attention or nsa::select_blocks
-template <typename Arguments>
-void run(nsa::Status (*function)(const Arguments&), Arguments& args, Address workspace, std::size_t workspace_bytes,
-         Address stream, int num_threads) {
-  args.workspace = pointer<void>(workspace);
-  args.workspace_bytes = workspace_bytes;
-  args.stream = pointer<CUstream_st>(stream);
-  args.num_threads = num_threads;
-  nsa::Status status;
-  {
-    const py::gil_scoped_release release;
-    status = function(args);
+struct RangeAttention {
+  using Forward = nsa::RangeAttentionForward;
+  using Backward = nsa::RangeAttentionBackward;
+  static nsa::Status workspace(const auto& args, std::size_t* bytes) {
+    return nsa::range_attention_workspace(args, bytes);
   }
-  raise_unless_ok(status);
-}
-
-void forward(const nsa::RangeAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, Address workspace,
-             std::size_t workspace_bytes, Address stream, int num_threads) {
-  nsa::RangeAttentionForward args;
-  args.problem = problem;
-  args.q = make_tensor(q);
-  args.k = make_tensor(k);
-  args.v = make_tensor(v);
-  args.o = make_tensor(o);
-  args.lse = make_tensor(lse);
-  run(&nsa::range_attention, args, workspace, workspace_bytes, stream, num_threads);
-}
-
-void backward(const nsa::RangeAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-              const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout,
-              const TensorTuple& dlse, const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv,
-              Address workspace, std::size_t workspace_bytes, Address stream, int num_threads) {
-  nsa::RangeAttentionBackward args;
-  args.problem = problem;
-  args.q = make_tensor(q);
-  args.k = make_tensor(k);
-  args.v = make_tensor(v);
-  args.o = make_tensor(o);
-  args.lse = make_tensor(lse);
-  args.dout = make_tensor(dout);
-  args.dlse = make_tensor(dlse);
-  args.dq = make_tensor(dq);
-  args.dk = make_tensor(dk);
-  args.dv = make_tensor(dv);
-  run(&nsa::range_attention, args, workspace, workspace_bytes, stream, num_threads);
-}
+  static nsa::Status call(const auto& args) { return nsa::range_attention(args); }
+};
 
 nsa::BlockSelection make_selection(const nsa::RangeAttentionProblem& problem, std::int64_t block_size,
                                    std::int64_t topk, std::int64_t init_blocks, std::int64_t local_blocks) {
@@ -144,17 +81,17 @@ void select_blocks(const nsa::RangeAttentionProblem& problem, std::int64_t block
   args.k = make_tensor(k);
   args.lse = make_tensor(lse);
   args.block_indices = pointer<std::int32_t>(block_indices);
-  run(&nsa::select_blocks, args, workspace, workspace_bytes, stream, num_threads);
+  run(args, &nsa::select_blocks, workspace, workspace_bytes, stream, num_threads);
 }
 
 }  // namespace
 
 void bind_range_attention(py::module_& module) {
   py::class_<nsa::RangeAttentionProblem>(module, "RangeProblem").def(py::init(&make_problem));
-  module.def("range_forward_workspace", &forward_workspace);
-  module.def("range_backward_workspace", &backward_workspace);
-  module.def("range_forward", &forward);
-  module.def("range_backward", &backward);
+  module.def("range_forward_workspace", &forward_workspace<RangeAttention>);
+  module.def("range_backward_workspace", &backward_workspace<RangeAttention>);
+  module.def("range_forward", &forward<RangeAttention>);
+  module.def("range_backward", &backward<RangeAttention>);
   module.def("selection_workspace", &selection_workspace);
   module.def("select_blocks", &select_blocks);
 }

@@ -115,9 +115,10 @@ namespace {
 
 // Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
 // smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
-//   forward  clustered 6.4 : 8.1, uniform 16.0 : 15.9   (neighbours that agree, and that don't)
+//   forward  clustered 6.6 : 8.1, uniform 16.5 : 15.9   (neighbours that agree, and that don't)
 //   dQ       clustered 8.6 : 11.5, uniform 18.0 : 19.2
 //   dK/dV    11.0 : 19.1
+// Forward and dQ each need the unions first, 0.13 ms clustered and 0.42 uniform.
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
   if (p.block_size >= 64) return p.backend != Backend::kSm80;
   return p.backend == Backend::kSm90 && operation != Operation::selected_dkdv;
@@ -176,8 +177,6 @@ struct BackwardPieces {
   BackwardArgs device;
   void* index_scratch = nullptr;
 };
-
-bool wants_keys(const SelectedAttentionBackward& args) { return args.dk.data || args.dv.data; }
 
 // dq: the kernel of dQ.
 BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance* dq, Carver& carver) {
@@ -243,15 +242,8 @@ Status selected_attention(const SelectedAttentionForward& args) {
   if (!status.ok() || a.plan.total_q == 0) return status;
   status = make_tiles(p, a.plan, a.unions, args.stream);
   if (!status.ok()) return status;
-  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
-  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
-  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
-  a.o = tensor_arg(args.o, p, p.seqlen_q, 2);
-  a.lse = tensor_arg(args.lse, p, p.seqlen_q, 4);
+  set_forward_arguments(args, a);
   point_somewhere(a.plan, &a.k, &a.v);
-  a.num_heads_k = static_cast<int>(p.num_heads_k);
-  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
-  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
   return kernel->forward(a, gpu.launch);
 }
 
@@ -267,24 +259,9 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
   if (!status.ok()) return status;
-  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
-  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
-  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
-  a.dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
-  a.dq = tensor_arg(args.dq, p, p.seqlen_q, 2);
-  a.dk = tensor_arg(args.dk, p, p.seqlen_k, 2);
-  a.dv = tensor_arg(args.dv, p, p.seqlen_k, 2);
-  a.num_heads_k = static_cast<int>(p.num_heads_k);
-  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
-  a.scale = static_cast<float>(p.softmax_scale);
-  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
+  set_backward_arguments(args, a);
   status = make_tiles(p, a.plan, a.unions, args.stream);
-  if (status.ok() && a.plan.total_q > 0) {
-    const StatsInputs inputs = {tensor_arg(args.o, p, p.seqlen_q, 2), a.dout, tensor_arg(args.lse, p, p.seqlen_q, 4),
-                                tensor_arg(args.dlse, p, p.seqlen_q, 4)};
-    status = make_row_stats(p.dtype, inputs, a.plan.total_q, static_cast<int>(p.num_heads_q),
-                            static_cast<int>(p.head_dim_v), const_cast<RowStats*>(a.stats), args.stream);
-  }
+  if (status.ok()) status = make_stats(args, a);
   if (status.ok() && wants_keys(args)) status = run_keys(args, gpu, pieces);
   point_somewhere(a.plan, &a.k, &a.v);
   if (status.ok() && args.dq.data && a.plan.total_q > 0) status = dq->backward(a, gpu.launch);

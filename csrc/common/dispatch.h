@@ -27,4 +27,52 @@ Status find_kernel(const KernelRequest& request, const Gpu& gpu, Operation opera
 // Rows of one kv head: tokens times G.
 Status check_rows(int64_t rows);
 
+// What every attention kernel takes from its call, whoever may see whom.
+template <typename Call, typename Args>
+void set_inputs(const Call& call, Args& a) {
+  const auto& p = call.problem;
+  a.q = tensor_arg(call.q, p, p.seqlen_q, 2);
+  a.k = tensor_arg(call.k, p, p.seqlen_k, 2);
+  a.v = tensor_arg(call.v, p, p.seqlen_k, 2);
+  a.num_heads_k = static_cast<int>(p.num_heads_k);
+  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
+  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
+}
+
+template <typename Call, typename Args>
+void set_forward_arguments(const Call& call, Args& a) {
+  const auto& p = call.problem;
+  set_inputs(call, a);
+  a.o = tensor_arg(call.o, p, p.seqlen_q, 2);
+  a.lse = tensor_arg(call.lse, p, p.seqlen_q, 4);
+}
+
+template <typename Call, typename Args>
+void set_backward_arguments(const Call& call, Args& a) {
+  const auto& p = call.problem;
+  set_inputs(call, a);
+  a.dout = tensor_arg(call.dout, p, p.seqlen_q, 2);
+  a.dq = tensor_arg(call.dq, p, p.seqlen_q, 2);
+  a.dk = tensor_arg(call.dk, p, p.seqlen_k, 2);
+  a.dv = tensor_arg(call.dv, p, p.seqlen_k, 2);
+  a.scale = static_cast<float>(p.softmax_scale);
+}
+
+// Fills a.stats; behind set_backward_arguments().
+template <typename Call, typename Args>
+Status make_stats(const Call& call, const Args& a) {
+  const auto& p = call.problem;
+  if (a.plan.total_q == 0) return {};
+  const StatsInputs inputs = {tensor_arg(call.o, p, p.seqlen_q, 2), a.dout, tensor_arg(call.lse, p, p.seqlen_q, 4),
+                              tensor_arg(call.dlse, p, p.seqlen_q, 4)};
+  return make_row_stats(p.dtype, inputs, a.plan.total_q, static_cast<int>(p.num_heads_q),
+                        static_cast<int>(p.head_dim_v), const_cast<RowStats*>(a.stats), call.stream);
+}
+
+// Whether a backward call asks for gradients of the keys.
+template <typename Call>
+bool wants_keys(const Call& call) {
+  return call.dk.data || call.dv.data;
+}
+
 }  // namespace nsa::cuda

@@ -17,6 +17,7 @@ using Kernel_selected_dkdv = Status(const BackwardArgs&, const Launch&);
 using Kernel_range_forward = Status(const RangeForwardArgs&, const Launch&);
 using Kernel_range_dq = Status(const RangeBackwardArgs&, const Launch&);
 using Kernel_range_dkdv = Status(const RangeBackwardArgs&, const Launch&);
+using Kernel_select_blocks = Status(const SelectionArgs&, const Launch&);
 
 #define NSA_ROW(family, operation, dtype, dk, dv) Kernel_##operation family##_##operation##_##dtype##_##dk##_##dv;
 #include "instances.inc"
@@ -35,6 +36,7 @@ constexpr Instance with(Instance row, RangeForwardKernel kernel) { return with<&
 constexpr Instance with(Instance row, RangeBackwardKernel kernel) {
   return with<&Instance::range_backward>(row, kernel);
 }
+constexpr Instance with(Instance row, SelectionKernel kernel) { return with<&Instance::selection>(row, kernel); }
 
 constexpr Instance kInstances[] = {
 #define NSA_ROW(family, operation, dtype, dk, dv)                                                        \

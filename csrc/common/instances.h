@@ -3,6 +3,7 @@
 
 #include "common/kernel_args.h"
 #include "common/range_args.h"
+#include "common/selection_args.h"
 
 namespace nsa::cuda {
 
@@ -13,6 +14,7 @@ enum class Operation {
   range_forward,
   range_dq,
   range_dkdv,
+  select_blocks,
 };
 
 struct Instance {
@@ -26,6 +28,7 @@ struct Instance {
   BackwardKernel backward = nullptr;
   RangeForwardKernel range_forward = nullptr;
   RangeBackwardKernel range_backward = nullptr;
+  SelectionKernel selection = nullptr;
 };
 
 const Instance* find_instance(Backend family, Operation operation, Dtype dtype, int64_t dk, int64_t dv);

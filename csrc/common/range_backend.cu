@@ -16,8 +16,6 @@ Status find(const RangeAttentionProblem& p, const Gpu& gpu, Operation operation,
   return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, operation, uses_sm90(p), found);
 }
 
-bool wants_keys(const RangeAttentionBackward& args) { return args.dk.data || args.dv.data; }
-
 RangeBackwardArgs carve_backward(const RangeAttentionBackward& args, Backend family, Carver& carver) {
   const RangeAttentionProblem& p = args.problem;
   RangeBackwardArgs a = {};
@@ -29,13 +27,6 @@ RangeBackwardArgs carve_backward(const RangeAttentionBackward& args, Backend fam
     a.partials = carver.take<float>(partials * 16 * tiles.key_units * (p.head_dim_qk + p.head_dim_v));
   }
   return a;
-}
-
-template <typename Args>
-void set_problem(const RangeAttentionProblem& p, Args& a) {
-  a.num_heads_k = static_cast<int>(p.num_heads_k);
-  a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);
-  a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
 }
 
 Status run_keys(const RangeAttentionBackward& args, const Gpu& gpu, const Instance& kernel,
@@ -79,17 +70,12 @@ Status range_attention(const RangeAttentionForward& args) {
   if (!status.ok()) return status;
   Carver carver(args.workspace);
   RangeForwardArgs a = {};
-  set_problem(p, a);
+  set_forward_arguments(args, a);
   a.plan = carve_range_plan(p, range_tiles(kernel->family, false, p.head_dim_qk), carver);
   status = check_rows(static_cast<int64_t>(a.plan.total_q) * a.group);
   if (!status.ok() || a.plan.total_q == 0) return status;
   status = make_range_plan(p, a.plan, args.stream);
   if (!status.ok()) return status;
-  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
-  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
-  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
-  a.o = tensor_arg(args.o, p, p.seqlen_q, 2);
-  a.lse = tensor_arg(args.lse, p, p.seqlen_q, 4);
   return kernel->range_forward(a, gpu.launch);
 }
 
@@ -103,24 +89,11 @@ Status range_attention(const RangeAttentionBackward& args) {
   if (!status.ok()) return status;
   Carver carver(args.workspace);
   RangeBackwardArgs a = carve_backward(args, dkdv->family, carver);
-  set_problem(p, a);
-  a.scale = static_cast<float>(p.softmax_scale);
+  set_backward_arguments(args, a);
   status = check_rows(static_cast<int64_t>(a.plan.total_q) * a.group);
   if (!status.ok()) return status;
-  a.q = tensor_arg(args.q, p, p.seqlen_q, 2);
-  a.k = tensor_arg(args.k, p, p.seqlen_k, 2);
-  a.v = tensor_arg(args.v, p, p.seqlen_k, 2);
-  a.dout = tensor_arg(args.dout, p, p.seqlen_q, 2);
-  a.dq = tensor_arg(args.dq, p, p.seqlen_q, 2);
-  a.dk = tensor_arg(args.dk, p, p.seqlen_k, 2);
-  a.dv = tensor_arg(args.dv, p, p.seqlen_k, 2);
   status = make_range_plan(p, a.plan, args.stream);
-  if (status.ok() && a.plan.total_q > 0) {
-    const StatsInputs inputs = {tensor_arg(args.o, p, p.seqlen_q, 2), a.dout, tensor_arg(args.lse, p, p.seqlen_q, 4),
-                                tensor_arg(args.dlse, p, p.seqlen_q, 4)};
-    status = make_row_stats(p.dtype, inputs, a.plan.total_q, static_cast<int>(p.num_heads_q),
-                            static_cast<int>(p.head_dim_v), const_cast<RowStats*>(a.stats), args.stream);
-  }
+  if (status.ok()) status = make_stats(args, a);
   if (status.ok() && wants_keys(args)) status = run_keys(args, gpu, *dkdv, a);
   if (status.ok() && args.dq.data && a.plan.total_q > 0) status = dq->range_backward(a, gpu.launch);
   return status;

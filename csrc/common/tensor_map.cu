@@ -28,6 +28,7 @@ Encode* find_encode() {
 struct MapDim {
   int64_t size, bytes;
   int box;
+  int step = 1;
 };
 
 Status encode_map(const char* what, const TensorArg& tensor, int dim, const MapDim& first, const MapDim& second,
@@ -43,8 +44,9 @@ Status encode_map(const char* what, const TensorArg& tensor, int dim, const MapD
   const auto stride = [](int64_t bytes, cuuint64_t size) { return static_cast<cuuint64_t>(size > 1 ? bytes : 16); };
   const cuuint64_t strides[3] = {stride(first.bytes, dims[1]), stride(second.bytes, dims[2]),
                                  stride(tensor.batch_bytes, dims[3])};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(first.box), static_cast<cuuint32_t>(second.box), 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(first.box * first.step), static_cast<cuuint32_t>(second.box),
+                             1};
+  const cuuint32_t steps[4] = {1, static_cast<cuuint32_t>(first.step), 1, 1};
   const CUresult error = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, tensor.data, dims, strides, box, steps,
                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -69,10 +71,10 @@ BatchRows batch_rows(const TensorArg& tensor, int64_t rows) {
 }  // namespace
 
 Status make_tensor_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int box_rows,
-                       CUtensorMap* map) {
+                       CUtensorMap* map, int row_step) {
   const BatchRows in = batch_rows(tensor, rows);
-  return encode_map(what, tensor, dim, {in.per_batch, tensor.row_bytes, box_rows}, {heads, tensor.head_bytes, 1},
-                    in.batches, map);
+  return encode_map(what, tensor, dim, {in.per_batch, tensor.row_bytes, box_rows, row_step},
+                    {heads, tensor.head_bytes, 1}, in.batches, map);
 }
 
 Status make_group_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int group,

@@ -10,9 +10,10 @@ namespace nsa::cuda {
 
 // Boxes of 64 columns x box_rows rows of [rows, heads, dim], rows of all batches numbered through as in TensorArg; in
 // shared memory they lie as device::BoxTile (128-byte swizzle). Rows past the tensor's end become zeros.
-// Coordinates: {column, row, head, batch}; TensorArg::batch_and_row() gives two of them.
+// Coordinates: {column, row, head, batch}; TensorArg::batch_and_row() gives two of them. row_step: a box takes every
+// row_step-th row, up to 8.
 Status make_tensor_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int box_rows,
-                       CUtensorMap* map);
+                       CUtensorMap* map, int row_step = 1);
 
 // Boxes of 64 columns x box_rows rows (token * group + head of the group) of one group of heads, which holds whole
 // tokens or, where the group is larger than the box, a part of one. Coordinates: {column, head, row, batch}.

@@ -28,7 +28,7 @@ struct UnitTokens {
     last_key = INT_MAX;
     if (lane >= warps) return;
     const Unit unit(plan.units, tile.first_unit + lane, group);
-    if (!unit.real) return;
+    if (!unit.real || unit.first_token >= unit.end_token) return;  // or the unit only fills up its run's last 64 rows
     first = unit.first_token - tile_token;
     count = unit.last_token(group) - unit.first_token + 1;
     for (int i = 0; i < count; ++i) last_key = min(last_key, __ldg(plan.last_key + unit.first_token + i));

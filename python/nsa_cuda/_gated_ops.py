@@ -5,8 +5,6 @@ No gradients of their own: whoever gates attention's branches has one autograd n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -14,15 +12,16 @@ from nsa_cuda._ops import (
     _DEVICES,
     _DTYPES,
     _address,
-    _library,
     _loadable,
     _on_device,
     _stream,
     _tensor,
+    define_operators,
+    implement_operators,
     native,
 )
 
-for _schema in (
+define_operators(
     # o_* [B, Tq, Hq, Dv] or [total_q, Hq, Dv] of one dtype, gates [.., Hq, 3] of any floating dtype and strides -> o.
     # Added in float32 (float64 for float64) and rounded once. Where o_c is 0, as on dead rows, g_c may hold anything.
     "gated_sum_forward(Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates) -> Tensor",
@@ -31,8 +30,7 @@ for _schema in (
     "-> (Tensor dgates, Tensor dbranch)",
     # g_branch dout: the gradient of one branch's output (0 compressed, 1 selected, 2 window).
     "scale_gradient(Tensor dout, Tensor gates, int branch) -> Tensor",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+)
 
 gated_sum_forward = torch.ops.nsa_cuda.gated_sum_forward.default
 gated_sum_backward = torch.ops.nsa_cuda.gated_sum_backward.default
@@ -114,12 +112,8 @@ def _fake_scale(dout: Tensor, gates: Tensor, branch: int) -> Tensor:
     return dout.new_empty(dout.shape)
 
 
-_implementations: tuple[tuple[str, Any, Any], ...] = (
+implement_operators(
     ("gated_sum_forward", _forward, _fake_forward),
     ("gated_sum_backward", _backward, _fake_backward),
     ("scale_gradient", _scale, _fake_scale),
 )
-for _op, _function, _fake in _implementations:
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _function, _key)
-    torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)

@@ -22,7 +22,13 @@ from torch import Tensor
 
 from nsa_cuda._checks import lse_dtype
 from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward, scale_gradient
-from nsa_cuda._ops import selected_attention_backward, selected_attention_forward
+from nsa_cuda._ops import (
+    _library,
+    define_operators,
+    implement_operators,
+    selected_attention_backward,
+    selected_attention_forward,
+)
 from nsa_cuda._range_ops import COMPRESSED, WINDOW, range_attention_backward, range_attention_forward, select_blocks
 
 # Bits of `recompute`: the branches whose output backward computes again.
@@ -40,15 +46,13 @@ _SETTINGS = (
 _KEPT = "Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor lse_cmp, Tensor lse_slc, Tensor lse_win"
 _GRADIENTS = ("q", "k", "v", "gates", "k_cmp", "v_cmp", "k_win", "v_win")
 
-_library: Any = torch.library.Library("nsa_cuda", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in (
+define_operators(
     f"native_sparse_attention_forward({_INPUTS}, Tensor? block_indices, {_LISTS}, {_SETTINGS}) "
     f"-> (Tensor o, {_KEPT}, Tensor selected)",
     # given: the lists are the caller's, not select_blocks'.
     f"native_sparse_attention_backward(Tensor dout, {_INPUTS}, {_KEPT}, Tensor block_indices, bool given, {_LISTS}, "
     f"{_SETTINGS}, bool[8] needs) -> ({', '.join(f'Tensor d{name}' for name in _GRADIENTS)})",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+)
 
 native_sparse_attention_forward = torch.ops.nsa_cuda.native_sparse_attention_forward.default
 native_sparse_attention_backward = torch.ops.nsa_cuda.native_sparse_attention_backward.default
@@ -260,13 +264,10 @@ def _no_double_backward(ctx: Any, *gradients: Tensor | None) -> Any:
     )
 
 
-for _op, _function, _fake in (
+implement_operators(
     ("native_sparse_attention_forward", _forward, _fake_forward),
     ("native_sparse_attention_backward", _backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _function, _key)
-    torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)
+)
 torch.library.register_autograd(
     "nsa_cuda::native_sparse_attention_forward", _autograd_backward, setup_context=_setup_context, lib=_library
 )

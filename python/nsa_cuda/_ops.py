@@ -6,6 +6,7 @@ call, custom_op 22; register_autograd costs 54 with gradients, a hand-made autog
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
@@ -27,13 +28,27 @@ _PROBLEM = (
     "SymInt? q_offset, SymInt? block_count, SymInt block_size, bool causal, float? softmax_scale, int backend"
 )
 _library: Any = torch.library.Library("nsa_cuda", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in (
+
+
+def define_operators(*schemas: str) -> None:
+    for schema in schemas:
+        # Strides reach the kernels as they are: the compiler must not choose others.
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+
+
+def implement_operators(*operators: tuple[str, Callable[..., Any], Callable[..., Any]]) -> None:
+    """(name, implementation on CPU and CUDA, fake implementation) of each."""
+    for name, function, fake in operators:
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, function, key)
+        torch.library.register_fake(f"nsa_cuda::{name}", fake, lib=_library)
+
+
+define_operators(
     f"selected_attention_forward(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor o, Tensor lse)",
     "selected_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dout, Tensor? dlse, "
     f"{_PROBLEM}, bool need_dq, bool need_dk, bool need_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
-):
-    # Strides reach the kernels as they are: the compiler must not choose others.
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+)
 
 selected_attention_forward = torch.ops.nsa_cuda.selected_attention_forward.default
 selected_attention_backward = torch.ops.nsa_cuda.selected_attention_backward.default
@@ -235,11 +250,8 @@ def register_gradients(forward: str, backward: str, num_tensors: int) -> None:
     torch.library.register_autograd(f"nsa_cuda::{backward}", refuse, lib=_library)
 
 
-for _op, _function, _fake in (
+implement_operators(
     ("selected_attention_forward", _forward, _fake_forward),
     ("selected_attention_backward", _backward, _fake_backward),
-):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _function, _key)
-    torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)
+)
 register_gradients("selected_attention_forward", "selected_attention_backward", num_tensors=5)

@@ -20,13 +20,14 @@ from nsa_cuda._ops import (
     _contiguous,
     _fake_backward,
     _fake_forward,
-    _library,
     _loadable,
     _on_device,
     _rows,
     _stream,
     _tensor,
     _workspace,
+    define_operators,
+    implement_operators,
     native,
     register_gradients,
 )
@@ -37,14 +38,13 @@ WINDOW, COMPRESSED = 0, 1  # nsa::RangeMask
 _SEQUENCES = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offsets, SymInt? q_offset"
 _COMPRESSION = "SymInt kernel_size, SymInt kernel_stride, SymInt num_tokens, bool causal, float? softmax_scale"
 _PROBLEM = f"{_SEQUENCES}, int mask, SymInt window_size, {_COMPRESSION}, int backend"
-for _schema in (
+define_operators(
     f"range_attention_forward(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor o, Tensor lse)",
     "range_attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? dout, Tensor? dlse, "
     f"{_PROBLEM}, bool need_dq, bool need_dk, bool need_dv) -> (Tensor dq, Tensor dk, Tensor dv)",
     f"select_blocks(Tensor q, Tensor k_cmp, Tensor lse, {_SEQUENCES}, {_COMPRESSION}, int backend, "
     "SymInt block_size, SymInt topk, SymInt init_blocks, SymInt local_blocks) -> Tensor",
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+)
 
 range_attention_forward = torch.ops.nsa_cuda.range_attention_forward.default
 range_attention_backward = torch.ops.nsa_cuda.range_attention_backward.default
@@ -261,13 +261,9 @@ def _fake_select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, *arguments: Any) 
     return q.new_empty((*q.shape[:-2], k_cmp.shape[-2], max(topk, 0)), dtype=torch.int32)
 
 
-_implementations: tuple[tuple[str, Any, Any], ...] = (
+implement_operators(
     ("range_attention_forward", _forward, _fake_forward),
     ("range_attention_backward", _backward, _fake_backward),
     ("select_blocks", _select_blocks, _fake_select_blocks),
 )
-for _op, _function, _fake in _implementations:
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_op, _function, _key)
-    torch.library.register_fake(f"nsa_cuda::{_op}", _fake, lib=_library)
 register_gradients("range_attention_forward", "range_attention_backward", num_tensors=3)

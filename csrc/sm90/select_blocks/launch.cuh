@@ -1,0 +1,34 @@
+#pragma once
+
+#include "common/launch.cuh"
+#include "common/tensor_map.h"
+#include "sm90/select_blocks/kernel.cuh"
+
+namespace nsa::sm90::select_blocks {
+
+template <typename Config>
+Status launch(const cuda::SelectionArgs& a, const cuda::Launch& device) {
+  constexpr const char* kWhat = "block selection";
+  Maps maps = {};
+  Status status = cuda::make_group_map(kWhat, a.q, a.plan.total_q, a.num_heads_k * a.group, Config::kDk, a.group,
+                                       cuda::kSelectionRows, &maps.q);
+  if (status.ok())
+    status = cuda::make_tensor_map(kWhat, a.k, a.plan.total_k, a.num_heads_k, Config::kDk, 32, &maps.k, 4);
+  if (!status.ok()) return status;
+  const Layout layout = make_layout<Config>(a, device.shared_memory);
+  const int64_t tiles = static_cast<int64_t>(a.plan.max_tiles) * a.num_heads_k;
+  const int most = a.lists && device.num_sms > cuda::kMaxSelectionCtas ? cuda::kMaxSelectionCtas : device.num_sms;
+  return cuda::launch_kernel(kWhat, kernel<Config>, dim3(tiles < most ? static_cast<int>(tiles) : most),
+                             Config::kThreads, layout.bytes, device.stream, a, maps, layout);
+}
+
+}  // namespace nsa::sm90::select_blocks
+
+// One compiled kernel; lines of instances.cmake become files that use this. Dv takes no part.
+#define NSA_INSTANCE(name, dtype, dk, dv)                        \
+  namespace nsa::cuda {                                          \
+  Status name(const SelectionArgs& args, const Launch& device) { \
+    using namespace sm90::select_blocks;                         \
+    return launch<Config<ElementOf_##dtype, dk>>(args, device);  \
+  }                                                              \
+  }
