@@ -4,9 +4,11 @@
     python -m benchmarks.branches --seqlens 8192 65536 --json branches.json
     python -m benchmarks.branches --steps compressed select --backend sm80
 
-Compressed attention, select_blocks, the sliding window, selected attention with the blocks that select_blocks took, and
-native_sparse_attention as a whole (k_cmp and v_cmp given). Times are medians; a backward is the gradient of o alone.
-TFLOP/s count visible (query, key) pairs. For the whole, "of dense" is dense time over its time: above 1 it wins.
+Compressed attention, select_blocks, the sliding window, selected attention with the blocks that select_blocks took,
+and native_sparse_attention as a whole (k_cmp and v_cmp given). Queries drift along the sequence, so that the lists of
+neighbours agree as those of large models do; with `--queries random` they agree on nothing. Times are medians; a
+backward is the gradient of o alone. TFLOP/s count visible (query, key) pairs. "of dense" is dense time over the
+step's time: for the whole, above 1 it wins.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import nsa_cuda
 import torch
 from torch import Tensor
 
-from . import methods, report
+from . import methods, report, selections
 from .floors import warm
 from .methods import Call, Inputs
 from .shapes import DTYPES, Shape
@@ -78,12 +80,14 @@ class Branches:
     dout: Tensor
 
     @classmethod
-    def make(cls, inputs: Inputs, sizes: Sizes) -> Branches:
+    def make(cls, inputs: Inputs, sizes: Sizes, queries: Tensor | None = None) -> Branches:
+        """``queries`` in the place of the inputs'."""
+        q = inputs.q if queries is None else queries.to(inputs.q.dtype).requires_grad_()
         with torch.no_grad():
             k_cmp, v_cmp = (nsa_cuda.reference.compress_mean(x, **sizes.compression) for x in (inputs.k, inputs.v))
             gates = torch.rand((*inputs.q.shape[:-1], 3), device=inputs.q.device).to(inputs.q.dtype)
         leaves = (x.contiguous().requires_grad_() for x in (k_cmp, v_cmp, gates))
-        return cls(inputs.q, inputs.k, inputs.v, *leaves, inputs.dout)
+        return cls(q, inputs.k, inputs.v, *leaves, inputs.dout)
 
 
 Forward = Callable[[Branches], Tensor]
@@ -179,12 +183,19 @@ class Bench:
         first = methods.make_inputs(shape, self.device, seed=1)
         count = input_sets(first.nbytes, self.device)
         inputs = [first, *(methods.make_inputs(shape, self.device, seed=2 + i) for i in range(count - 1))]
-        sets = [Branches.make(x, self.sizes) for x in inputs]
+        drift = self.arguments.queries == "drifting"
+        sets = [
+            Branches.make(x, self.sizes, selections.drifting_queries(shape, self.device, i) if drift else None)
+            for i, x in enumerate(inputs)
+        ]
         if "select" in self.arguments.steps:
             self._add(shape, "select", "forward", lambda: [self._selector(shape, b) for b in sets])
         lists = torch.empty(0)
         if "selected" in self.arguments.steps:
             lists = self._selector(shape, sets[0])()
+            blocks = -(-shape.seqlen // shape.block_size)
+            unions = (f"{selections.mean_union(lists, tokens, blocks):.1f} of {tokens}" for tokens in (4, 16))
+            print(f"different blocks in the lists of neighbouring queries: {', '.join(unions)}\n")
         for step, (forward, names) in self._functions(shape, lists).items():
             if step in self.arguments.steps:
                 self._attention(shape, step, forward, names, sets)
@@ -223,7 +234,7 @@ class Bench:
                 print(f"{row.step}, {row.operation}: {row.note}")
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -237,12 +248,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--window-size", type=int, default=512)
     add("--block-size", type=int, default=64)
     add("--topk", type=int, default=16)
+    add("--queries", choices=("drifting", "random"), default="drifting", help="default: %(default)s")
     add("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--repeat", type=int, help="runs per measurement (default: about 0.3 s of them, at least 3)")
     add("--threads", type=int, help="CPU threads")
     add("--forward-only", action="store_true")
     add("--json", type=Path, help="write every number to this file")
-    return parser.parse_args()
+    return parser
 
 
 def shapes_of(arguments: argparse.Namespace, on_gpu: bool) -> list[Shape]:
@@ -258,7 +270,7 @@ def shapes_of(arguments: argparse.Namespace, on_gpu: bool) -> list[Shape]:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

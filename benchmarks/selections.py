@@ -80,6 +80,23 @@ def clustered(shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
     return torch.stack([one_sequence() for _ in range(shape.batch)])
 
 
+def drifting_queries(shape: Shape, device: torch.device, seed: int = 0) -> Tensor:
+    """Queries that make `select_blocks` choose as `clustered` does: float32 [B, T, Hq, Dk].
+
+    Every head's query drifts between normal anchors every 64 tokens, plus the same white noise, so that its products
+    with random keys drift as the scores of `clustered` do.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    size = (shape.batch, -(-shape.seqlen // _ANCHOR_EVERY) + 1, shape.heads_q, shape.dim_qk)
+    anchor = torch.randn(size, generator=generator, device=device)
+    t = torch.arange(shape.seqlen, device=device)
+    left = t // _ANCHOR_EVERY
+    drift = torch.lerp(
+        anchor[:, left], anchor[:, left + 1], ((t % _ANCHOR_EVERY).float() / _ANCHOR_EVERY)[:, None, None]
+    )
+    return drift.add_(torch.randn(drift.shape, generator=generator, device=device), alpha=_NOISE)
+
+
 def from_file(path: Path, device: torch.device) -> tuple[Tensor, int]:
     """(block_indices int32 [B, T, Hkv, n], block_size) as examples/train_lm.py saves them (selection.pt)."""
     saved = torch.load(path, map_location=device, weights_only=True)
