@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nsa_cuda import reference
 from nsa_cuda.nn import NativeSparseAttention
-from targets import CPU_TARGETS, ONE_EACH, Target
+from targets import ALL, CPU_TARGETS, ONE_EACH, Target
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -39,9 +39,6 @@ def on(target: Target, **options: Any):
 
 def hidden(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-
-
-# ------------------------------------------------------------------------------------- the equations, written out
 
 
 def turned(x: Tensor, positions: Tensor, dim: int, base: float) -> Tensor:
@@ -139,6 +136,29 @@ def test_equations(options: dict[str, Any], packed: bool):
     compare(make(**options), [70, 5, 33], packed)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", [VARIANTS["paper"], {"shared_kv": True, "qk_norm": True}], ids=["paper", "shared"])
+@pytest.mark.parametrize("target", ALL)
+def test_equations_on_every_device(target: Target, options: dict[str, Any], packed: bool):
+    """Against the equations in float64 with the same weights; where scores nearly tie, other blocks may be chosen."""
+    layer = on(target, **options)
+    exact = copy.deepcopy(layer).to("cpu", torch.float64)
+    lengths = [150, 40] if packed else [190]
+    x = hidden(190, 24, dtype=target.dtype)
+    given = x.to(target.device).requires_grad_()
+    offsets = torch.tensor([0, *lengths], device=target.device).cumsum(0).int()
+    y = layer(given, offsets) if packed else layer(given.unsqueeze(0))[0]
+    wide = x.double().requires_grad_()
+    expected = torch.cat([written_out(exact, part) for part in wide.split(lengths)])
+    weight = hidden(*y.shape)
+    found = [y, *torch.autograd.grad(y, [given, *layer.parameters()], weight.to(y))]
+    wanted = [expected, *torch.autograd.grad(expected, [wide, *exact.parameters()], weight)]
+    allowed = {torch.float64: 1e-9, torch.float32: 1e-4}.get(target.dtype, 0.06)
+    for name, a, b in zip(["y", "x", *dict(layer.named_parameters())], found, wanted, strict=True):
+        error = (a.double().cpu() - b).norm() / b.norm()
+        assert error.item() <= allowed, (name, error.item())
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 3), (3, 1)]),
@@ -204,36 +224,35 @@ def test_far_positions_keep_their_angles():
     torch.testing.assert_close(sin[0, 0].double(), exact.sin(), rtol=0, atol=1e-7)
 
 
-# ------------------------------------------------------------------------------------- as a module of torch
-
-
-def test_state_dict_round_trip(tmp_path):
-    layer, other = make(), make(qk_norm=False)
+@pytest.mark.parametrize("target", ONE_EACH)
+def test_state_dict_round_trip(target: Target, tmp_path):
+    layer, other = on(target), on(target)
     torch.save(layer.state_dict(), tmp_path / "layer.pt")
     for parameter in other.parameters():
         torch.nn.init.zeros_(parameter)
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
-    x = hidden(1, 50, 24)
+    x = hidden(1, 50, 24, dtype=target.dtype).to(target.device)
     assert torch.equal(layer(x), other(x))
     assert not list(layer.buffers())
     assert set(layer.state_dict()) == set(dict(layer.named_parameters()))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
 
 
+@pytest.mark.parametrize("target", ONE_EACH)
 @pytest.mark.parametrize("compression", ["mean", "weighted", "linear", "mlp"])
-def test_meta_device(compression: str):
+def test_meta_device(target: Target, compression: str):
     """The same starting values as on a device, whatever the memory held."""
     options = {"compression": compression, "qk_norm": True, "bias": True}
     options["compression_options"] = {"position_embedding": True}
     layer = NativeSparseAttention(24, 4, 2, **SMALL, **options, device="meta")
     assert all(p.is_meta for p in layer.parameters())
-    layer.to_empty(device="cpu")
+    layer.to_empty(device=target.device)
     for parameter in layer.parameters():
         torch.nn.init.constant_(parameter, float("nan"))
     torch.manual_seed(3)
     layer.reset_parameters()
     torch.manual_seed(3)
-    direct = NativeSparseAttention(24, 4, 2, **SMALL, **options)
+    direct = NativeSparseAttention(24, 4, 2, **SMALL, **options, device=target.device)
     torch.manual_seed(3)
     direct.reset_parameters()
     for (name, a), b in zip(layer.named_parameters(), direct.parameters(), strict=True):
@@ -286,11 +305,12 @@ def test_activation_checkpointing(target: Target, reentrant: bool):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_rows_outside_the_sequences():
-    """NaN there reaches no sequence and no gradient of a parameter that the sequences have."""
-    layer = make()
-    offsets = torch.tensor([3, 40, 60], dtype=torch.int32)
-    x = hidden(70, 24)
+@pytest.mark.parametrize("target", ONE_EACH)
+def test_rows_outside_the_sequences(target: Target):
+    """NaN there reaches no sequence."""
+    layer = on(target)
+    offsets = torch.tensor([3, 40, 60], dtype=torch.int32, device=target.device)
+    x = hidden(70, 24, dtype=target.dtype).to(target.device)
     clean = layer(x, offsets)
     x[:3], x[60:] = float("nan"), float("nan")
     assert torch.equal(layer(x, offsets)[3:60], clean[3:60])
