@@ -59,11 +59,16 @@ BUDGETS = [
     )
     for causal in (True, False)
 ]  # fmt: skip
-GROUPS = [case(f"g{G}", Tq=100, Tk=300, Hq=2 * G, Hkv=2, causal=G % 8 != 0) for G in (1, 2, 4, 6, 8, 12, 16, 20, 32)]
+GROUPS = [
+    case(f"g{G}", Tq=100, Tk=300, Hq=2 * G, Hkv=2, causal=G % 8 != 0)
+    for G in (1, 2, 4, 6, 8, 12, 16, 20, 32, 48, 64, 80)
+]
 GROUPS += [
     case("paper", Tq=700, Tk=700, Hq=16, Hkv=1, Dk=192, Dv=128, topk=6, **PAPER),
     case("d128_g16", Tq=300, Tk=900, Hq=32, Hkv=2, Dk=128, Dv=128, topk=8, **PAPER),
     case("d256_g5", Tq=130, Tk=500, Hq=10, Hkv=2, Dk=256, Dv=256),
+    case("g16_topk70", Tq=70, Tk=2000, Hq=16, Hkv=1, topk=70),
+    case("g32_topk300", Tq=40, Tk=8000, Hq=32, Hkv=1, topk=300),
     case("d33", Tq=70, Tk=200, Dk=33, Dv=1),
     case("sharp", Tk=400, magnitude=2.5),
     case("flat", Tk=400, magnitude=0.1),
@@ -99,6 +104,8 @@ PACKED = [
     case("packed", seqlens_q=(64, 300, 64), seqlens_k=(64, 300, 64)),
     case("packed_ragged", seqlens_q=(1, 70, 33, 129, 0, 3), seqlens_k=(1, 170, 33, 129, 5, 2), pad_q=9, pad_k=20,
          nan_outside=True),
+    case("packed_g16", seqlens_q=(1, 70, 33, 129, 0, 3), seqlens_k=(1, 1170, 33, 729, 5, 2), pad_q=9, pad_k=20, Hq=32,
+         Hkv=2, nan_outside=True),
     case("packed_full", seqlens_q=(1, 70, 33, 129), seqlens_k=(1, 170, 33, 129), causal=False),
     case("packed_shorter_than_a_block", seqlens_q=(3, 9, 0, 200), seqlens_k=(3, 9, 12, 200), kernel_size=32,
          kernel_stride=16, block_size=64, topk=3),
@@ -109,6 +116,16 @@ PACKED = [
 LAYOUTS = [
     case(f"{layout}_layout", B=2, Tk=203, layout=layout)
     for layout in ("heads_first", "sliced_heads", "inside_nan", "odd_strides", "expanded")
+]
+# The smallest shapes that reach every path, for compute-sanitizer.
+SANITIZER = [case(f"small_g{G}", Tq=30, Tk=400, Hq=G, Hkv=1, topk=3) for G in (3, 16, 32, 80)]
+SANITIZER += [
+    case(f"small_d{D}", Tq=9, Tk=600, Hq=16, Hkv=1, Dk=D, Dv=128 if D == 192 else D) for D in (64, 128, 192, 256)
+]
+SANITIZER += [
+    case("small_other_pooling", Tq=20, Tk=300, Hq=4, Hkv=1, kernel_size=16, block_size=32),
+    case("small_workspace_lists", Tq=9, Tk=5000, Hq=16, Hkv=1, topk=280),
+    case("small_packed", seqlens_q=(9, 0, 20), seqlens_k=(9, 4, 330), pad_q=5, pad_k=7, Hq=16, Hkv=1, nan_outside=True),
 ]
 EVERYTHING = SIZES + BUDGETS + GROUPS + LENGTHS + POSITIONS + PACKED + LAYOUTS
 

@@ -15,7 +15,7 @@ from inputs import INT32_MAX, INT32_MIN
 from nsa_cuda import _C
 from poison import poisoned_memory
 from range_inputs import make as make_range
-from selection_cases import EVERYTHING, SelectionCase, failures, make, options_of, select
+from selection_cases import EVERYTHING, SANITIZER, SelectionCase, failures, make, options_of, select
 from targets import ALL, CPU, CPU_TARGETS, CUDA_BLOCK_SIZES, CUDA_HEAD_DIMS, CUDA_TARGETS, ONE_EACH, Target, param
 from torch import Tensor
 
@@ -28,6 +28,15 @@ def test_case(target: Target, case: SelectionCase):
     assert not failures(made, lse, ids)
     with poisoned_memory():
         assert torch.equal(ids, select(made, lse, target.backend))
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(("target", "case"), [param(t, c, name=c.name) for t in CUDA_TARGETS for c in SANITIZER])
+def test_small_launch(target: Target, case: SelectionCase):
+    """For compute-sanitizer: on the GPU runs the library alone."""
+    made, lse = make(case, Target("cpu", target.dtype, None))
+    found = select(make_range(case, target), lse.to(target.device), target.backend).cpu()
+    assert not failures(made, lse, found)
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in EVERYTHING])
