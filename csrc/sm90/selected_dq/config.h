@@ -15,8 +15,8 @@ struct Config
     : device::QueryTileShape<kDk, kDv, tile_size(kDk).keys, tile_size(kDk).warps, 4, 32 * (kDk + kDv),
                              device::BoxTile<kDk, tile_size(kDk).keys>, device::BoxTile<kDv, tile_size(kDk).keys>> {
   using Element = Element_;
-  static constexpr int kConsumerRegisters = 216;
-  static constexpr int kProducerRegisters = 72;
+  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = 40;
 };
 
 }  // namespace nsa::sm90::selected_dq
