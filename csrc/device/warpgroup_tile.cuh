@@ -23,23 +23,19 @@ template <typename Shape>
 struct StageWalk {
   KeyRing<Shape>& ring;
   unsigned mine;  // the `any` bits of this warpgroup's units
-  int warpgroup, lane;
+  int lane;
   int stage = 0;  // of what find() found
   bool ended = false, alone = false;
 
   __device__ __forceinline__ StageWalk(KeyRing<Shape>& ring_, int warpgroup_, int lane_)
-      : ring(ring_), mine(0xfu << (4 * warpgroup_)), warpgroup(warpgroup_), lane(lane_) {}
+      : ring(ring_), mine(0xfu << (4 * warpgroup_)), lane(lane_) {}
 
-  // The flags of the tile's next stage that concerns this warpgroup; 0: there is none, or (kReady) it isn't loaded yet.
-  // The same answer in all four warps. A stage found must be released, others already are.
-  template <bool kReady>
-  __device__ __forceinline__ unsigned find() {
+  // The flags of the tile's next stage that concerns this warpgroup; 0: there is none, or it only comes when `held`, a
+  // stage found before, has been released. A stage found must be released, others already are.
+  __device__ __forceinline__ unsigned find(int held) {
     while (!ended && !alone) {
-      if (kReady) {
-        if (!all_of_warpgroup(warpgroup, barrier_test(ring.full(), ring.phase))) return 0;
-      } else {
-        barrier_wait(ring.full(), ring.phase);
-      }
+      if (ring.stage == held) return 0;
+      barrier_wait(ring.full(), ring.phase);
       // through a shuffle, so that ptxas knows the branches to be uniform
       const unsigned flags = __shfl_sync(kFullWarp, load_shared(ring.flags()), 0);
       alone = (flags & StageFlags::kAlone) != 0;
@@ -70,7 +66,7 @@ struct StageWalk {
 template <typename Shape, typename Pass>
 __device__ __forceinline__ void walk_stages(KeyRing<Shape>& ring, int warpgroup, int lane, Pass& pass) {
   StageWalk<Shape> walk(ring, warpgroup, lane);
-  while (const unsigned first = walk.template find<false>()) {
+  while (const unsigned first = walk.find(-1)) {
     wgmma_fence();
     pass.start_scores(walk.stage);
     wgmma_commit();
@@ -79,7 +75,7 @@ __device__ __forceinline__ void walk_stages(KeyRing<Shape>& ring, int warpgroup,
     pass.weigh(walk.stage, first);
     pass.settle();
     int held = walk.stage;
-    while (const unsigned next = walk.template find<true>()) {
+    while (const unsigned next = walk.find(held)) {
       pass.hold_sum();
       wgmma_fence();
       pass.start_scores(walk.stage);

@@ -100,6 +100,8 @@ struct Pass {
   }
   __device__ __forceinline__ unsigned unit_flag() const { return device::StageFlags::any(warp); }
   __device__ __forceinline__ void attend(int stage, unsigned flags) {
+    int lane = this->lane;
+    asm volatile("" : "+r"(lane));  // or the addresses stay in registers from stage to stage: (192, 128) spilled
     device::clear(s);
     device::clear(dp);
     const device::SharedOperand<Config::kDk, device::BoxTile<Config::kDk, 64>> q_rows(q + warp % 4 * 16 * 128, lane);
