@@ -51,10 +51,11 @@ struct Plan {
 
 // The union of the lists of every query tile, made before the kernels whose one producer warp only has time to read it:
 // walking it there took 1500 cycles a stage, a third more than the loads. One entry for each part of a block (at most
-// `part` keys), in ascending order.
+// `part` keys): the blocks that some warpgroup shares from the front on, in ascending order, and those that none does
+// (device::StageFlags::kAlone) from the back on, which a consumer takes last.
 struct TileUnions {
   int32_t* entries;  // [Hkv * tiles_per_head, capacity, words]: {k row of the first key, keys, flags, members...}
-  int32_t* counts;   // [Hkv * tiles_per_head]; 0: the tile has no rows
+  int2* counts;      // [Hkv * tiles_per_head] {entries at the front, at the back}; {0, 0}: the tile has no rows
   int warps;         // units a tile
   int tiles_per_head;
   int part;             // keys

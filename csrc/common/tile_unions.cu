@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions
   if (number >= num_tiles) return;
   const device::QueryTile tile(number, unions.tiles_per_head, unions.warps);
   const int2 tokens = tile.tokens(plan.units, unions.warps, group);
-  int32_t* entry = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words;
-  int count = 0;
+  int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words;
+  int2 count = {0, 0};
   if (tokens.y > 0) {
     device::BlockWalk<kWords> walk;
     walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tokens.x) * plan.list_width,
@@ -42,10 +42,10 @@ __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions
         int word = __shfl_sync(kFullWarp, valid > 0 ? static_cast<int>(members) : 0, lane - 3);
         if (lane == 0) word = key;
         if (lane == 1) word = valid;
-        if (lane == 2) word = static_cast<int>(any_bits | all_bits << device::StageFlags::kMaxUnits);
-        if (lane < unions.words) entry[lane] = word;
-        entry += unions.words;
-        ++count;
+        const unsigned alone = device::StageFlags::alone(any_bits);
+        if (lane == 2) word = static_cast<int>(any_bits | all_bits << device::StageFlags::kMaxUnits | alone);
+        const int place = alone ? unions.capacity - 1 - count.y++ : count.x++;
+        if (lane < unions.words) entries[static_cast<int64_t>(place) * unions.words + lane] = word;
         done += unions.part;
       } while (done < block.y);
     } while (walk.upcoming() != kNoBlock);
@@ -67,7 +67,7 @@ TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, Til
   unions.words = 3 + (tokens + 31) / 32;
   const int64_t tiles = unions.tiles_per_head * p.num_heads_k;
   unions.entries = carver.take<int32_t>(tiles * unions.capacity * unions.words);
-  unions.counts = carver.take<int32_t>(tiles);
+  unions.counts = carver.take<int2>(tiles);
   return unions;
 }
 

@@ -103,9 +103,9 @@ struct OnlineSoftmax {
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
       const float total = row_sum(r);
-      if (!row.real) continue;
-      store_row<Element, kDv>(a.o.at(row.token, row.head), o, r, total == 0.f ? 0.f : 1.f / total, lane);
-      if (a.lse.data && (lane & 3) == 0) {
+      char* to = row.real ? a.o.at(row.token, row.head) : nullptr;
+      store_row_wide<Element, kDv>(to, row.real, o, r, total == 0.f ? 0.f : 1.f / total, lane);
+      if (row.real && a.lse.data && (lane & 3) == 0) {
         *reinterpret_cast<float*>(a.lse.at(row.token, row.head)) = lse(r, total);
       }
     }

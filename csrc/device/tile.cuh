@@ -36,10 +36,13 @@ struct BoxTile {
 // Where a lane finds its row of an ldmatrix, for every second 16-byte chunk 2 i + (0 or 1): within 128 bytes the
 // swizzle is an XOR of the address (tiles are 128-byte aligned), beyond them an immediate offset. So a stage costs four
 // XORs, and nothing is worth keeping in registers from one stage to the next.
+template <int kBoxBytes = 128>
 struct MatrixRow {
   uint32_t address;
   __device__ __forceinline__ MatrixRow(uint32_t row, int odd, int lane) : address(row + ((odd ^ (lane & 7)) << 4)) {}
-  __device__ __forceinline__ uint32_t operator()(int i) const { return (address ^ ((i & 3) << 5)) + (i >> 2) * 128; }
+  __device__ __forceinline__ uint32_t operator()(int i) const {
+    return (address ^ ((i & 3) << 5)) + (i >> 2) * kBoxBytes;
+  }
 };
 
 // Copies rows into a Tile or BoxTile, spread over kThreads threads: eight share 128 bytes, so that the swizzle is the
@@ -87,11 +90,11 @@ struct RowCopy {
 };
 
 // a[16 x kDim] as A operand, kept in shared memory: one k-step of 16.
-template <int kDim>
+template <int kDim, typename Layout = Tile<kDim>>
 struct SharedOperand {
-  MatrixRow row;
+  MatrixRow<Layout::kBoxBytes> row;
   __device__ __forceinline__ SharedOperand(uint32_t tile, int lane)
-      : row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Tile<kDim>::kRowBytes, lane >> 4, lane) {}
+      : row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Layout::kRowBytes, lane >> 4, lane) {}
   __device__ __forceinline__ void load(uint32_t (&a)[4], int step) const { load_matrix(a, row(step)); }
 };
 
@@ -106,10 +109,11 @@ struct RegisterOperand {
 };
 
 // acc[16 x kRows] += a[16 x kDim] tile[kRows x kDim]^T
-template <typename Element, int kDim, int kRows, typename Operand>
+template <typename Element, int kDim, int kRows, typename Layout = Tile<kDim>, typename Operand>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], const Operand& operand, uint32_t tile,
                                                     int lane) {
-  const MatrixRow row(tile + ((lane & 7) + (lane >> 4) * 8) * Tile<kDim>::kRowBytes, (lane >> 3) & 1, lane);
+  const MatrixRow<Layout::kBoxBytes> row(tile + ((lane & 7) + (lane >> 4) * 8) * Layout::kRowBytes, (lane >> 3) & 1,
+                                         lane);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     uint32_t a[4];
@@ -118,7 +122,7 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], 
 #pragma unroll
     for (int n = 0; n < kRows / 16; ++n) {
       uint32_t b[4];
-      load_matrix(b, address + n * 16 * Tile<kDim>::kRowBytes);
+      load_matrix(b, address + n * 16 * Layout::kRowBytes);
       Half<Element>::mma(acc[2 * n], a, b[0], b[1]);
       Half<Element>::mma(acc[2 * n + 1], a, b[2], b[3]);
     }
@@ -127,17 +131,18 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[kRows / 8][4], 
 
 // acc[16 x kColumns] += a[16 x kRows] tile[kRows x kDim](:, 0 .. kColumns); tile may point at a later column, a
 // multiple of 64.
-template <typename Element, int kDim, int kRows, int kColumns>
+template <typename Element, int kDim, int kRows, int kColumns, typename Layout = Tile<kDim>>
 __device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const uint32_t (&a)[kRows / 16][4],
                                          uint32_t tile, int lane) {
-  const MatrixRow row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Tile<kDim>::kRowBytes, lane >> 4, lane);
+  const MatrixRow<Layout::kBoxBytes> row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Layout::kRowBytes, lane >> 4,
+                                         lane);
 #pragma unroll
   for (int n = 0; n < kColumns / 16; ++n) {
     const uint32_t address = row(n);
 #pragma unroll
     for (int step = 0; step < kRows / 16; ++step) {
       uint32_t b[4];
-      load_matrix_transposed(b, address + step * 16 * Tile<kDim>::kRowBytes);
+      load_matrix_transposed(b, address + step * 16 * Layout::kRowBytes);
       Half<Element>::mma(acc[2 * n], a[step], b[0], b[1]);
       Half<Element>::mma(acc[2 * n + 1], a[step], b[2], b[3]);
     }

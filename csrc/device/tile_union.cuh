@@ -11,6 +11,18 @@ struct StageFlags {
   static constexpr int kMaxUnits = 12;
   static constexpr unsigned kAny = (1u << kMaxUnits) - 1, kAll = kAny << kMaxUnits;
   static constexpr unsigned kLast = 0x80000000u;  // the tile's last stage
+  // In no warpgroup did more than one unit choose a block of the stage: 64 rows of wgmma would be three quarters waste.
+  static constexpr unsigned kAlone = 0x40000000u;
+  // any_bits: of one block
+  static __device__ __forceinline__ unsigned alone(unsigned any_bits) {
+    unsigned shared = 0;
+#pragma unroll
+    for (int unit = 0; unit < kMaxUnits; unit += 4) {
+      const unsigned four = any_bits >> unit & 0xf;
+      shared |= four & (four - 1);
+    }
+    return shared ? 0 : kAlone;
+  }
   // Some token of the unit chose a block of the stage.
   static __device__ __forceinline__ unsigned any(int unit) { return 1u << unit; }
   // Every token of the unit chose every block of the stage and sees all of it: nothing is to be masked.

@@ -58,11 +58,19 @@ struct TmaProducer {
   __device__ __forceinline__ void tile_stages(KeyRing<Shape>& ring, int number) const {
     const int head = number / unions.tiles_per_head;
     const int parts = Shape::kKeys / unions.part;  // blocks a stage
-    const int count = __ldg(unions.counts + number);
+    const int2 counts = __ldg(unions.counts + number);
+    const int count = counts.x + counts.y;
+    if (count == 0) {  // a tile without rows: consumers count tiles as the producer does
+      barrier_wait(ring.empty(), ring.phase ^ 1);
+      if (lane == 0) ring.publish(number, StageFlags::kLast);
+      ring.advance();
+      return;
+    }
     const int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words + lane;
     // This lane's word of an entry; zeros behind the last one.
     const auto read = [&](int i) {
-      return i < count && lane < unions.words ? __ldg(entries + static_cast<int64_t>(i) * unions.words) : 0;
+      const int place = i < counts.x ? i : unions.capacity - 1 - (i - counts.x);
+      return i < count && lane < unions.words ? __ldg(entries + static_cast<int64_t>(place) * unions.words) : 0;
     };
     int ahead[2] = {read(0), read(1)};  // two entries: what the cache needs to answer
     for (int i = 0; i < count;) {
@@ -83,7 +91,8 @@ struct TmaProducer {
       }
       __syncwarp();
       if (lane == 0) {
-        ring.publish(number, any | (all & StageFlags::kAll) | (i >= count ? StageFlags::kLast : 0));
+        ring.publish(number,
+                     any | (all & (StageFlags::kAll | StageFlags::kAlone)) | (i >= count ? StageFlags::kLast : 0));
       }
       ring.advance();
     }
@@ -96,8 +105,6 @@ struct TmaProducer {
       prefetch_map(&maps.v);
     }
     for (int t = blockIdx.x; t < unions.tiles_per_head * num_heads_k; t += gridDim.x) tile_stages(ring, t);
-    barrier_wait(ring.empty(), ring.phase ^ 1);
-    if (lane == 0) ring.publish(-1, StageFlags::kLast);
   }
 };
 

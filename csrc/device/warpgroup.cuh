@@ -20,17 +20,6 @@ __device__ __forceinline__ void sync_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
 }
 
-// Whether all threads of a warpgroup say so.
-__device__ __forceinline__ bool all_of_warpgroup(int warpgroup, bool value) {
-  int all;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.b32 p, %1, 0;\nbarrier.cta.red.and.pred q, %2, 128, p;\nselp.b32 %0, 1, 0, q;\n}"
-      : "=r"(all)
-      : "r"(static_cast<int>(value)), "r"(1 + warpgroup)
-      : "memory");
-  return all != 0;
-}
-
 // Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist
 // become zeros.
 template <int kDim>

@@ -54,17 +54,14 @@ struct Pass {
       lse2[r] = stats.lse2;
       delta[r] = stats.delta;
     }
-    device::clear(dq);
-    device::wait_copies();
-    device::fence_shared_for_wgmma();
-    device::sync_warpgroup(warp / 4);
   }
   __device__ __forceinline__ void store(const BackwardArgs& a, const QueryTile& tile) const {
     const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      if (row.real) device::store_row<Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
+      char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
+      device::store_row_wide<Element, Config::kDk>(to, row.real, dq, r, a.scale, lane);
     }
   }
 
@@ -101,6 +98,22 @@ struct Pass {
       }
     }
   }
+  __device__ __forceinline__ unsigned unit_flag() const { return device::StageFlags::any(warp); }
+  __device__ __forceinline__ void attend(int stage, unsigned flags) {
+    int lane = this->lane;
+    asm volatile("" : "+r"(lane));  // or the addresses stay in registers from stage to stage: (192, 128) spilled
+    device::clear(s);
+    device::clear(dp);
+    const device::SharedOperand<Config::kDk, device::BoxTile<Config::kDk, 64>> q_rows(q + warp % 4 * 16 * 128, lane);
+    device::multiply_transposed<Element, Config::kDk, kKeys, typename Config::TileK>(s, q_rows, ring.keys(stage), lane);
+    const device::SharedOperand<Config::kDv, device::BoxTile<Config::kDv, 64>> out_rows(dout + warp % 4 * 16 * 128,
+                                                                                        lane);
+    device::multiply_transposed<Element, Config::kDv, kKeys, typename Config::TileV>(dp, out_rows, ring.values(stage),
+                                                                                     lane);
+    weigh(stage, flags);
+    settle();
+    device::multiply<Element, Config::kDk, kKeys, Config::kDk, typename Config::TileK>(dq, ds, ring.keys(stage), lane);
+  }
   __device__ __forceinline__ void settle() {
     if (any) {
       device::round_to_operand<Element, kKeys>(ds, s);
@@ -110,17 +123,24 @@ struct Pass {
   }
 };
 
+// As in the forward, the next tile's rows are on their way while this one's dQ is written.
 template <typename Config>
 __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
                                         int warp, int lane) {
-  const int warpgroup = warp / 4;
-  for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
-    Pass<Config> pass(a, ring, warp, lane);
-    const QueryTile tile(t, tiles_per_head, warps);
-    pass.load(a, tile);
+  const int warpgroup = warp / 4, tiles = tiles_per_head * a.num_heads_k;
+  Pass<Config> pass(a, ring, warp, lane);
+  int t = blockIdx.x;
+  pass.load(a, QueryTile(t, tiles_per_head, warps));
+  for (; t < tiles; t += gridDim.x) {
+    device::clear(pass.dq);
+    device::wait_copies();
+    device::fence_shared_for_wgmma();
+    device::sync_warpgroup(warpgroup);
     device::walk_stages<Config>(ring, warpgroup, lane, pass);
     device::sync_warpgroup(warpgroup);  // nobody reads this tile's Q and dO any more
-    pass.store(a, tile);
+    const int next = t + gridDim.x;
+    if (next < tiles) pass.load(a, QueryTile(next, tiles_per_head, warps));
+    pass.store(a, QueryTile(t, tiles_per_head, warps));
   }
 }
 
