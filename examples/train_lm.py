@@ -110,6 +110,7 @@ def report(runs: list[Run], config: TrainConfig, arguments: argparse.Namespace, 
             "bits_per_byte": loss,
             "tokens_per_second": rate,
             "losses": run.losses,
+            "held_out": run.held_out,
         }
     sparse, dense = runs
     apart = curves_apart(sparse.losses, dense.losses)
