@@ -85,6 +85,7 @@ __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& 
 }
 
 __device__ __forceinline__ void release(uint32_t barrier, int lane) {
+  __syncwarp();  // the other lanes have read, too
   if (lane == 0) device::barrier_arrive(barrier);
 }
 

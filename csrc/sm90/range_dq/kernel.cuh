@@ -99,6 +99,7 @@ struct Rows {
 };
 
 __device__ __forceinline__ void release(uint32_t barrier, int lane) {
+  __syncwarp();  // the other lanes have read, too
   if (lane == 0) device::barrier_arrive(barrier);
 }
 
@@ -183,13 +184,16 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     for (int r = 0; r < 2; ++r) {
       const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
       const int2 seen = row.real ? __ldg(a.plan.keys + row.token) : int2{0, 0};
-      device::store_shared(rows.seen + 64 * r, seen.x);  // all four lanes of a row write the same
-      device::store_shared(rows.seen + 64 * r + 4, seen.y);
+      if (lane % 4 == 0) {
+        device::store_shared(rows.seen + 64 * r, seen.x);
+        device::store_shared(rows.seen + 64 * r + 4, seen.y);
+      }
       const int64_t at = static_cast<int64_t>(row.token) * a.num_heads_k * a.group + row.head;
       const cuda::RowStats stats = row.real ? a.stats[at] : cuda::RowStats{INFINITY, 0.f};
       rows.lse2[r] = stats.lse2;
       rows.delta[r] = stats.delta;
     }
+    __syncwarp();
     tile.fetch_keys(info);
     float dq[Config::kDk / 8][4];
     device::clear(dq);

@@ -110,6 +110,7 @@ struct Turn {
 };
 
 __device__ __forceinline__ void release(uint32_t barrier, int lane) {
+  __syncwarp();  // the other lanes have read, too
   if (lane == 0) device::barrier_arrive(barrier);
 }
 
