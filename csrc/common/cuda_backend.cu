@@ -115,8 +115,8 @@ namespace {
 
 // Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
 // smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
-//   forward  clustered 6.6 : 8.1, uniform 16.5 : 15.9   (neighbours that agree, and that don't)
-//   dQ       clustered 8.6 : 11.5, uniform 18.0 : 19.2
+//   forward  clustered 6.0 : 8.1, uniform 13.7 : 15.9   (neighbours that agree, and that don't)
+//   dQ       clustered 8.3 : 11.5, uniform 16.0 : 19.2
 //   dK/dV    11.0 : 19.1
 // Forward and dQ each need the unions first, 0.13 ms clustered and 0.42 uniform.
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
