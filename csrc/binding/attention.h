@@ -9,15 +9,20 @@ namespace nsa_binding {
 template <typename Operation>
 using ProblemOf = decltype(Operation::Forward::problem);
 
+template <typename Operation, typename Arguments>
+std::size_t workspace_bytes(Arguments& args, int num_threads) {
+  args.num_threads = num_threads;
+  std::size_t bytes = 0;
+  raise_unless_ok(Operation::workspace(args, &bytes));
+  return bytes;
+}
+
 template <typename Operation>
 std::size_t forward_workspace(const ProblemOf<Operation>& problem, bool want_lse, int num_threads) {
   typename Operation::Forward args;
   args.problem = problem;
   args.lse = present_if(want_lse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(Operation::workspace(args, &bytes));
-  return bytes;
+  return workspace_bytes<Operation>(args, num_threads);
 }
 
 template <typename Operation>
@@ -29,10 +34,7 @@ std::size_t backward_workspace(const ProblemOf<Operation>& problem, bool need_dq
   args.dk = present_if(need_dk);
   args.dv = present_if(need_dv);
   args.dlse = present_if(has_dlse);
-  args.num_threads = num_threads;
-  std::size_t bytes = 0;
-  raise_unless_ok(Operation::workspace(args, &bytes));
-  return bytes;
+  return workspace_bytes<Operation>(args, num_threads);
 }
 
 // Fills what every call ends with, and calls.
@@ -43,25 +45,28 @@ void run(Arguments& args, nsa::Status (*call)(const Arguments&), Address workspa
   args.workspace_bytes = workspace_bytes;
   args.stream = pointer<CUstream_st>(stream);
   args.num_threads = num_threads;
-  nsa::Status status;
-  {
-    const py::gil_scoped_release release;
-    status = call(args);
-  }
-  raise_unless_ok(status);
+  call_unlocked(call, args);
 }
 
-template <typename Operation>
-void forward(const ProblemOf<Operation>& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
-             const TensorTuple& o, const TensorTuple& lse, Address workspace, std::size_t workspace_bytes,
-             Address stream, int num_threads) {
-  typename Operation::Forward args;
+// What forward and backward have in common.
+template <typename Arguments, typename Problem>
+Arguments with_tensors(const Problem& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
+                       const TensorTuple& o, const TensorTuple& lse) {
+  Arguments args;
   args.problem = problem;
   args.q = make_tensor(q);
   args.k = make_tensor(k);
   args.v = make_tensor(v);
   args.o = make_tensor(o);
   args.lse = make_tensor(lse);
+  return args;
+}
+
+template <typename Operation>
+void forward(const ProblemOf<Operation>& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
+             const TensorTuple& o, const TensorTuple& lse, Address workspace, std::size_t workspace_bytes,
+             Address stream, int num_threads) {
+  auto args = with_tensors<typename Operation::Forward>(problem, q, k, v, o, lse);
   run(args, &Operation::call, workspace, workspace_bytes, stream, num_threads);
 }
 
@@ -70,13 +75,7 @@ void backward(const ProblemOf<Operation>& problem, const TensorTuple& q, const T
               const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout, const TensorTuple& dlse,
               const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv, Address workspace,
               std::size_t workspace_bytes, Address stream, int num_threads) {
-  typename Operation::Backward args;
-  args.problem = problem;
-  args.q = make_tensor(q);
-  args.k = make_tensor(k);
-  args.v = make_tensor(v);
-  args.o = make_tensor(o);
-  args.lse = make_tensor(lse);
+  auto args = with_tensors<typename Operation::Backward>(problem, q, k, v, o, lse);
   args.dout = make_tensor(dout);
   args.dlse = make_tensor(dlse);
   args.dq = make_tensor(dq);

@@ -30,12 +30,7 @@ template <typename Arguments>
 void run(Arguments& args, Address stream, int num_threads) {
   args.stream = pointer<CUstream_st>(stream);
   args.num_threads = num_threads;
-  nsa::Status status;
-  {
-    const py::gil_scoped_release release;
-    status = nsa::gated_sum(args);
-  }
-  raise_unless_ok(status);
+  call_unlocked<Arguments>(&nsa::gated_sum, args);
 }
 
 void forward(const SizesTuple& sizes, const TensorTuple& o_cmp, const TensorTuple& o_slc, const TensorTuple& o_win,

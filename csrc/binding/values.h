@@ -55,6 +55,17 @@ inline void raise_unless_ok(const nsa::Status& status) {
   throw std::runtime_error(status.message);
 }
 
+// Calls the library without the interpreter's lock.
+template <typename Arguments>
+void call_unlocked(nsa::Status (*function)(const Arguments&), const Arguments& args) {
+  nsa::Status status;
+  {
+    const py::gil_scoped_release release;
+    status = function(args);
+  }
+  raise_unless_ok(status);
+}
+
 void bind_gated_sum(py::module_& module);
 void bind_range_attention(py::module_& module);
 
