@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/integers.h"
 #include "common/sequences.cuh"
 #include "device/ptx.cuh"
 
@@ -295,8 +296,7 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
   a.count = p.block_count < 0 ? p.num_indices : p.block_count;
   a.q_offsets = p.q_offsets;
   a.has_q_offset = p.has_q_offset;
-  constexpr int64_t kFar = int64_t{1} << 40;  // beyond every length, so that t + offset can't overflow
-  a.q_offset = p.q_offset < -kFar ? -kFar : p.q_offset > kFar ? kFar : p.q_offset;
+  a.q_offset = clamp_far(p.q_offset);
   a.causal = p.causal;
   a.batch = static_cast<int>(p.batch);
   a.seqlen_q = static_cast<int>(p.seqlen_q);

@@ -3,12 +3,11 @@
 
 #include <cuda_runtime.h>
 
+#include "common/integers.h"
 #include "common/sequences.cuh"
 
 namespace nsa::cuda {
 namespace {
-
-constexpr int64_t kFar = int64_t{1} << 40;  // beyond every length, so that sums can't overflow
 
 struct RangeArgs {
   const int32_t *cu_q, *cu_k, *q_offsets;
@@ -20,10 +19,6 @@ struct RangeArgs {
   int group;
 };
 
-__device__ int num_compressed(int tokens, int kernel_size, int kernel_stride) {
-  return tokens < kernel_size ? 0 : (tokens - kernel_size) / kernel_stride + 1;
-}
-
 // One CTA. Writes every table of a packed plan.
 __global__ void __launch_bounds__(kSequenceThreads) lay_sequences(RangeArgs a, RangePlan plan) {
   __shared__ SequenceScan::Scan::TempStorage storage;
@@ -32,10 +27,7 @@ __global__ void __launch_bounds__(kSequenceThreads) lay_sequences(RangeArgs a, R
   scan.repair(a.cu_k, plan.key_token_begin, a.batch, a.compressed ? INT_MAX : plan.total_k);
   const int32_t* tokens = plan.key_token_begin;
   if (a.compressed) {
-    scan.sum_before(a.batch, plan.key_begin,
-                    [&](int b) { return num_compressed(tokens[b + 1] - tokens[b], a.kernel_size, a.kernel_stride); });
-    for (int b = threadIdx.x; b <= a.batch; b += kSequenceThreads)
-      plan.key_begin[b] = min(plan.key_begin[b], plan.total_k);
+    scan.lay_compressed_keys(tokens, a.batch, a.kernel_size, a.kernel_stride, plan.total_k, plan.key_begin);
   } else {
     for (int b = threadIdx.x; b <= a.batch; b += kSequenceThreads) plan.key_begin[b] = tokens[b];
   }
@@ -124,8 +116,6 @@ __global__ void make_runs(RangeArgs a, RangePlan plan) {
   const_cast<int2*>(is_query ? plan.keys : plan.queries)[row] = run;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Units make_units(bool packed, int64_t batch, int64_t rows, int64_t group, int alignment, Carver& carver) {
   Units units = {};
   units.runs = static_cast<int>(packed ? batch + 2 : batch);
@@ -200,7 +190,7 @@ Status make_range_plan(const RangeAttentionProblem& p, const RangePlan& plan, cu
   a.cu_k = p.cu_seqlens_k;
   a.q_offsets = p.q_offsets;
   a.has_q_offset = p.has_q_offset;
-  a.q_offset = p.q_offset < -kFar ? -kFar : p.q_offset > kFar ? kFar : p.q_offset;
+  a.q_offset = clamp_far(p.q_offset);
   a.window = p.window_size < kFar ? p.window_size : kFar;
   a.causal = p.causal;
   a.compressed = p.mask == RangeMask::kCompressed;
@@ -208,7 +198,6 @@ Status make_range_plan(const RangeAttentionProblem& p, const RangePlan& plan, cu
   a.seqlen_q = static_cast<int>(p.seqlen_q);
   a.seqlen_k = plan.run_keys;
   a.num_tokens = static_cast<int>(a.compressed ? p.num_tokens : p.seqlen_k);
-  const auto clamp_int = [](int64_t x) { return static_cast<int>(x < INT_MAX ? x : INT_MAX); };
   a.kernel_size = clamp_int(p.kernel_size);
   a.kernel_stride = clamp_int(p.kernel_stride);
   a.group = static_cast<int>(p.num_heads_q / p.num_heads_k);

@@ -55,4 +55,11 @@ constexpr bool pools_by_class(const SelectionArgs& a) {
   return a.keys_per_block == 4 && a.overlap == 2 && a.group <= kSelectionRows;
 }
 
+// CTAs of a launch that would keep `wanted` busy: no more than there are tiles, or lists in the workspace.
+inline int selection_ctas(const SelectionArgs& a, int wanted) {
+  const int64_t tiles = static_cast<int64_t>(a.plan.max_tiles) * a.num_heads_k;
+  if (a.lists && wanted > kMaxSelectionCtas) wanted = kMaxSelectionCtas;
+  return tiles < wanted ? static_cast<int>(tiles) : wanted;
+}
+
 }  // namespace nsa::cuda

@@ -3,12 +3,11 @@
 
 #include "common/cuda_backend.h"
 #include "common/dispatch.h"
+#include "common/integers.h"
 #include "common/sequences.cuh"
 
 namespace nsa::cuda {
 namespace {
-
-constexpr int64_t kFar = int64_t{1} << 40;  // beyond every length, so that sums can't overflow
 
 // One CTA. Writes every table of a packed plan.
 __global__ void __launch_bounds__(kSequenceThreads)
@@ -18,23 +17,13 @@ __global__ void __launch_bounds__(kSequenceThreads)
   SequenceScan scan(storage);
   scan.repair(cu_q, plan.q_begin, batch, plan.total_q);
   scan.repair(cu_k, plan.key_token_begin, batch, INT_MAX);
-  scan.sum_before(batch, plan.key_begin, [&](int b) {
-    const int tokens = plan.key_token_begin[b + 1] - plan.key_token_begin[b];
-    return tokens < kernel_size ? 0 : static_cast<int>((tokens - kernel_size) / kernel_stride) + 1;
-  });
-  for (int b = threadIdx.x; b <= batch; b += kSequenceThreads) plan.key_begin[b] = min(plan.key_begin[b], plan.total_k);
-  for (int run = threadIdx.x; run <= batch + 2; run += kSequenceThreads) {
-    plan.token_begin[run] = run == 0 ? 0 : run == batch + 2 ? plan.total_q : plan.q_begin[run - 1];
-  }
-  __syncthreads();
+  scan.lay_compressed_keys(plan.key_token_begin, batch, kernel_size, kernel_stride, plan.total_k, plan.key_begin);
+  scan.lay_runs(plan.q_begin, batch, plan.total_q, plan.token_begin);
   scan.sum_before(batch + 2, plan.tile_begin, [&](int run) {
     const int tokens = plan.token_begin[run + 1] - plan.token_begin[run];
     return tokens / plan.tokens_per_tile + (tokens % plan.tokens_per_tile != 0);
   });
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int clamp_int(int64_t x) { return static_cast<int>(x < INT_MAX ? x : INT_MAX); }
 
 // Sizes, and the pieces of the workspace, for a kernel of `groups` groups.
 SelectionArgs carve_selection(const BlockSelection& args, int groups, Carver& carver) {
@@ -120,7 +109,7 @@ Status select_blocks(const BlockSelection& args) {
   a.block_indices = args.block_indices;
   a.q_offsets = p.q_offsets;
   a.has_q_offset = p.has_q_offset;
-  a.q_offset = p.q_offset < -kFar ? -kFar : p.q_offset > kFar ? kFar : p.q_offset;
+  a.q_offset = clamp_far(p.q_offset);
   a.causal = p.causal;
   a.scale_log2 = static_cast<float>(p.softmax_scale * kLog2e);
   a.num_tokens = static_cast<int>(p.num_tokens);

@@ -59,12 +59,28 @@ class SequenceScan {
     __syncthreads();
   }
 
-  // Units of 16 rows (Units): the rows before the first sequence, the sequences, the rows behind the last one.
-  __device__ void lay_units(const int32_t* begin, int batch, int total, int group, int alignment, int32_t* token_begin,
-                            int32_t* unit_begin) {
+  // Where a sequence's compressed keys begin, given where its tokens do; nothing past `total`, the rows there are.
+  template <typename Size>
+  __device__ void lay_compressed_keys(const int32_t* token_begin, int batch, Size kernel_size, Size kernel_stride,
+                                      int total, int32_t* key_begin) {
+    sum_before(batch, key_begin, [&](int b) {
+      const int tokens = token_begin[b + 1] - token_begin[b];
+      return tokens < kernel_size ? 0 : static_cast<int>((tokens - kernel_size) / kernel_stride) + 1;
+    });
+    for (int b = threadIdx.x; b <= batch; b += kSequenceThreads) key_begin[b] = min(key_begin[b], total);
+  }
+
+  // Runs of rows: those before the first sequence, the sequences, those behind the last one.
+  __device__ void lay_runs(const int32_t* begin, int batch, int total, int32_t* token_begin) {
     for (int run = threadIdx.x; run <= batch + 2; run += kSequenceThreads)
       token_begin[run] = run == 0 ? 0 : run == batch + 2 ? total : begin[run - 1];
     __syncthreads();
+  }
+
+  // Runs, and their units of 16 rows (Units).
+  __device__ void lay_units(const int32_t* begin, int batch, int total, int group, int alignment, int32_t* token_begin,
+                            int32_t* unit_begin) {
+    lay_runs(begin, batch, total, token_begin);
     const int rows = 16 * alignment;
     sum_before(batch + 2, unit_begin, [&](int run) {
       return ((token_begin[run + 1] - token_begin[run]) * group + rows - 1) / rows * alignment;

@@ -13,12 +13,9 @@ Status launch(const cuda::SelectionArgs& args, const cuda::Launch& device) {
     stages = Config::num_stages(device.shared_memory / per_sm - (per_sm > 1 ? 1024 : 0), list_bytes);
     if (stages >= 2 || per_sm == 1) break;
   }
-  const int ctas = per_sm * device.num_sms;
-  const int64_t tiles = static_cast<int64_t>(args.plan.max_tiles) * args.num_heads_k;
-  const int most = args.lists && ctas > cuda::kMaxSelectionCtas ? cuda::kMaxSelectionCtas : ctas;
-  return cuda::launch_kernel("block selection", kernel<Config>, dim3(tiles < most ? static_cast<int>(tiles) : most),
-                             Config::kThreads, Config::stages_at(list_bytes) + stages * Config::kStageBytes,
-                             device.stream, args, list_bytes, stages);
+  return cuda::launch_kernel(
+      "block selection", kernel<Config>, dim3(cuda::selection_ctas(args, per_sm * device.num_sms)), Config::kThreads,
+      Config::stages_at(list_bytes) + stages * Config::kStageBytes, device.stream, args, list_bytes, stages);
 }
 
 }  // namespace nsa::sm80::select_blocks

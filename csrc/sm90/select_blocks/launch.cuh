@@ -16,10 +16,8 @@ Status launch(const cuda::SelectionArgs& a, const cuda::Launch& device) {
     status = cuda::make_tensor_map(kWhat, a.k, a.plan.total_k, a.num_heads_k, Config::kDk, 32, &maps.k, 4);
   if (!status.ok()) return status;
   const Layout layout = make_layout<Config>(a, device.shared_memory);
-  const int64_t tiles = static_cast<int64_t>(a.plan.max_tiles) * a.num_heads_k;
-  const int most = a.lists && device.num_sms > cuda::kMaxSelectionCtas ? cuda::kMaxSelectionCtas : device.num_sms;
-  return cuda::launch_kernel(kWhat, kernel<Config>, dim3(tiles < most ? static_cast<int>(tiles) : most),
-                             Config::kThreads, layout.bytes, device.stream, a, maps, layout);
+  return cuda::launch_kernel(kWhat, kernel<Config>, dim3(cuda::selection_ctas(a, device.num_sms)), Config::kThreads,
+                             layout.bytes, device.stream, a, maps, layout);
 }
 
 }  // namespace nsa::sm90::select_blocks
