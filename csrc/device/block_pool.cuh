@@ -11,9 +11,6 @@ namespace nsa::device {
 inline constexpr int kPoolRowFloats = 40;
 inline constexpr int kPoolBytes = 4 * cuda::kSelectionRows * kPoolRowFloats;
 
-// Waits for the four warps of a group. Barrier 0 is __syncthreads.
-__device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory"); }
-
 // What a lane knows of its two rows (g and g + 8 of the warp's 16).
 struct SelectionRows {
   float lse2[2];  // lse * log2(e); +inf on rows that don't exist and on dead ones: their probabilities are 0
@@ -162,20 +159,20 @@ __device__ __forceinline__ void take_pooled(const cuda::SelectionArgs& a, const 
     int token = warp % 4;
     if (a.group > 16) {
       table[token * kPoolRowFloats + lane] = score;
-      sync_group(warp / 4);
+      sync_warpgroup(warp / 4);
       const int parts = a.group / 16;
       if (token < num_tokens) score = sum_rows(table, token * parts, parts, lane);
     }
     if (token < num_tokens) consider_blocks(a, tokens, token, true, score, first + lane, lane);
   } else {
     store_fragment(table, pool.sum[0], pool.sum[1], warp, lane);
-    sync_group(warp / 4);
+    sync_warpgroup(warp / 4);
     for (int token = warp % 4; token < num_tokens; token += 4) {
       const float score = sum_rows(table, token * a.group, a.group, lane);
       consider_blocks(a, tokens, token, true, score, first + lane, lane);
     }
   }
-  if (!kWhole || a.group > 16) sync_group(warp / 4);
+  if (!kWhole || a.group > 16) sync_warpgroup(warp / 4);
 }
 
 // Any l, d, l': 32 keys in their order, key first + lane with the token's mass in lane `lane`. A block takes the keys

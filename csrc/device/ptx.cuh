@@ -70,6 +70,11 @@ __device__ __forceinline__ void wait_copies_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Waits for the four warps of a warpgroup. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+}
+
 // mbarrier, as sm_80 has it.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, unsigned arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -77,6 +82,12 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, unsigned arrivals
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
+}
+
+// One arrival on behalf of the warp, behind what all of its lanes have read.
+__device__ __forceinline__ void arrive_for_warp(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
 }
 
 // Arrives once all cp.async that this thread issued before have landed.

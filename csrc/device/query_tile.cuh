@@ -9,6 +9,7 @@
 
 #include "common/kernel_args.h"
 #include "device/block_walk.cuh"
+#include "device/runs.cuh"
 #include "device/tile.cuh"
 
 namespace nsa::device {
@@ -62,15 +63,7 @@ struct Unit {
   __device__ __forceinline__ Unit(const cuda::Units& units, int unit, int group) {
     int run, begin, run_unit, runs = units.runs;
     if (units.unit_begin) {
-      int low = 0, high = runs + 1;  // first run with unit_begin > unit
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (__ldg(units.unit_begin + middle) > unit)
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      run = low - 1;
+      run = find_run(units.unit_begin, runs, unit);
       real = run < runs;
       begin = real ? __ldg(units.token_begin + run) : 0;
       end_token = real ? __ldg(units.token_begin + run + 1) : 0;
@@ -170,8 +163,7 @@ struct KeyRing {
   }
   // By a consumer warp, when it is done with the stage.
   __device__ __forceinline__ void release(int lane) {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(empty());
+    arrive_for_warp(empty(), lane);
     advance();
   }
   __device__ __forceinline__ uint32_t own(int warp) const {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/range_args.h"
+#include "device/runs.cuh"
 #include "device/tile.cuh"
 
 namespace nsa::device {
@@ -15,15 +16,7 @@ struct RunOfUnit {
 
   __device__ __forceinline__ RunOfUnit(const cuda::Units& units, int u) {
     if (units.unit_begin) {
-      int low = 0, high = units.runs + 1;  // first run with unit_begin > u
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (__ldg(units.unit_begin + middle) > u)
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      run = low - 1;
+      run = find_run(units.unit_begin, units.runs, u);
       real = run < units.runs;
       begin = real ? __ldg(units.token_begin + run) : 0;
       end = real ? __ldg(units.token_begin + run + 1) : 0;

@@ -3,6 +3,7 @@
 
 #include "common/selection_args.h"
 #include "device/ptx.cuh"
+#include "device/runs.cuh"
 
 namespace nsa::device {
 
@@ -36,15 +37,7 @@ struct SelectionTile {
     const int place = plan.max_tiles - 1 - nth;
     int run, sequence, q_begin, q_length, tokens_k;
     if (plan.tile_begin) {
-      int low = 0, high = plan.runs + 1;  // first run with tile_begin > place
-      while (low < high) {
-        const int middle = (low + high) / 2;
-        if (__ldg(plan.tile_begin + middle) > place)
-          high = middle;
-        else
-          low = middle + 1;
-      }
-      run = low - 1;
+      run = find_run(plan.tile_begin, plan.runs, place);
       real = run < plan.runs;
       sequence = run - 1;
       const bool inside = real && sequence >= 0 && sequence < plan.runs - 2;

@@ -14,6 +14,18 @@ struct TokenTable {
   char* lists;      // shared memory or workspace
   int token_bytes, topk;
 
+  // Of group `nth` of the CTA's `groups`. shared_lists: unless the lists lie in the workspace.
+  __device__ __forceinline__ void place(const cuda::SelectionArgs& a, uint32_t states_at, char* shared_lists,
+                                        int groups, int nth) {
+    states = states_at;
+    lists = shared_lists;
+    token_bytes = a.token_bytes;
+    topk = a.topk;
+    if (a.lists) {
+      const int64_t group = blockIdx.x * groups + nth;
+      lists = a.lists + group * a.tokens_per_group * a.token_bytes;
+    }
+  }
   __device__ __forceinline__ uint32_t state(int token) const { return states + 32 * token; }
   __device__ __forceinline__ float* scores(int token) const {  // [topk], descending
     return reinterpret_cast<float*>(lists + static_cast<int64_t>(token) * token_bytes);

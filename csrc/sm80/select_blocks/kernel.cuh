@@ -89,7 +89,7 @@ __device__ __forceinline__ void take_keys(const SelectionArgs& a, Group<Config>&
   const float low[8] = {p[0][0], p[0][1], p[1][0], p[1][1], p[2][0], p[2][1], p[3][0], p[3][1]};
   const float high[8] = {p[0][2], p[0][3], p[1][2], p[1][3], p[2][2], p[2][3], p[3][2], p[3][3]};
   device::store_fragment(group.table, low, high, warp, lane);
-  device::sync_group(warp / 4);
+  device::sync_warpgroup(warp / 4);
   const int rows = min(a.group - group.first_head, cuda::kSelectionRows);
   for (int token = warp % 4; token < group.number; token += 4) {
     float mass = device::sum_rows(group.table, token * a.group, rows, lane);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void take_keys(const SelectionArgs& a, Group<Config>&
     }
     if (last_heads) device::take_masses(a, group.tokens, token, mass, first, lane);
   }
-  device::sync_group(warp / 4);
+  device::sync_warpgroup(warp / 4);
 }
 
 template <typename Config, bool kWhole>
@@ -196,12 +196,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   Group<Config> group;
   group.query = base + Config::queries_at(list_bytes) + nth * Config::kQueryBytes;
   group.table = reinterpret_cast<float*>(shared + Config::tables_at(list_bytes) + nth * device::kPoolBytes);
-  group.tokens = {base + nth * Config::kStateBytes, shared + Config::kListsAt + nth * list_bytes, a.token_bytes,
-                  a.topk};
-  if (a.lists) {
-    const int64_t place = blockIdx.x * Config::kGroups + nth;
-    group.tokens.lists = a.lists + place * a.tokens_per_group * a.token_bytes;
-  }
+  group.tokens.place(a, base + nth * Config::kStateBytes, shared + Config::kListsAt + nth * list_bytes, Config::kGroups,
+                     nth);
   const uint32_t ring = base + Config::stages_at(list_bytes);
   group.token = nth * a.tokens_per_group;
   for (int t = blockIdx.x; t < a.plan.max_tiles * a.num_heads_k; t += gridDim.x) {
@@ -213,7 +209,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     group.first_head = -1;
     for (int token = threadIdx.x % 128; token < group.number; token += 128)
       group.tokens.set(token, tile.state_of(a, group.token + token));
-    device::sync_group(nth);
+    device::sync_warpgroup(nth);
     const Steps<Config> steps(a, tile);
     if (steps.by_class && a.group % 16 == 0)
       scan<Config, true>(a, tile, steps, ring, stages, group, warp, lane);

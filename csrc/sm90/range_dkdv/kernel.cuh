@@ -84,11 +84,6 @@ __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& 
   }
 }
 
-__device__ __forceinline__ void release(uint32_t barrier, int lane) {
-  __syncwarp();  // the other lanes have read, too
-  if (lane == 0) device::barrier_arrive(barrier);
-}
-
 // The rows of an item that a warpgroup's keys concern: those that see any of them, and those that see all.
 struct KeyRows {
   int first, end, first_of_all, end_of_all;
@@ -121,7 +116,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
   const int end = seen.first < seen.end ? (seen.end + kRows - 1) / kRows : stages;
   auto skip = [&] {
     device::barrier_wait(shared.full(), shared.phase);
-    release(shared.empty(shared.stage), lane);
+    device::arrive_for_warp(shared.empty(shared.stage), lane);
     shared.advance();
   };
   for (int i = 0; i < begin; ++i) skip();
@@ -148,7 +143,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     device::hold(p);
     device::hold(sums.dv);
     device::hold(sums.dk);
-    if (last >= 0) release(shared.empty(last), lane);
+    if (last >= 0) device::arrive_for_warp(shared.empty(last), lane);
     const bool masked = first < seen.first_of_all || first + kRows > seen.end_of_all;
     device::RowVisibility sees = {};
     if (masked) sees.fetch(sees_at);
@@ -178,7 +173,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
   device::wgmma_wait<0>();
   device::hold(sums.dv);
   device::hold(sums.dk);
-  if (last >= 0) release(shared.empty(last), lane);
+  if (last >= 0) device::arrive_for_warp(shared.empty(last), lane);
   for (int i = max(begin, end); i < stages; ++i) skip();
 }
 

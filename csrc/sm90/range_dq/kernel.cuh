@@ -98,11 +98,6 @@ struct Rows {
   float lse2[2], delta[2];
 };
 
-__device__ __forceinline__ void release(uint32_t barrier, int lane) {
-  __syncwarp();  // the other lanes have read, too
-  if (lane == 0) device::barrier_arrive(barrier);
-}
-
 // One tile, whose place lies at `info`. dQ of a stage runs while the next stage's scores are issued behind it.
 template <typename Config>
 __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, int first, int stages, const Rows& rows,
@@ -131,7 +126,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, in
     device::wgmma_wait<1>();
     device::hold(s);
     device::hold(dq);
-    if (i > 0) release(shared.empty(last), lane);
+    if (i > 0) device::arrive_for_warp(shared.empty(last), lane);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
@@ -163,10 +158,10 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, in
     last = shared.stage;
     shared.advance();
   }
-  release(shared.empty_q(), lane);
+  device::arrive_for_warp(shared.empty_q(), lane);
   device::wgmma_wait<0>();
   device::hold(dq);
-  release(shared.empty(last), lane);
+  device::arrive_for_warp(shared.empty(last), lane);
 }
 
 template <typename Config>
@@ -201,7 +196,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     if (stages > 0)
       attend<Config>(shared, info, tile.first, stages, rows, a.scale_log2, warp / 4, lane, dq);
     else
-      release(shared.empty_q(), lane);
+      device::arrive_for_warp(shared.empty_q(), lane);
     tile.fetch_rows(info);  // again, rather than kept in registers
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

@@ -109,11 +109,6 @@ struct Turn {
   }
 };
 
-__device__ __forceinline__ void release(uint32_t barrier, int lane) {
-  __syncwarp();  // the other lanes have read, too
-  if (lane == 0) device::barrier_arrive(barrier);
-}
-
 // One tile with at least one stage, up to the sums of its rows.
 template <typename Config>
 __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Config>& tile, int stages,
@@ -137,7 +132,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   turn.pass();
   device::wgmma_wait<0>();
   device::hold(s);
-  release(shared.empty_k(shared.stage), lane);
+  device::arrive_for_warp(shared.empty_k(shared.stage), lane);
   look(0);
   float scale = scale_log2;
   softmax.follow_maximum(s, factor, sees, scale, lane);  // O is still 0
@@ -160,18 +155,18 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
     turn.pass();
     device::wgmma_wait<1>();
     device::hold(s);
-    release(shared.empty_k(shared.stage), lane);
+    device::arrive_for_warp(shared.empty_k(shared.stage), lane);
     look(i);
     scale = scale_log2;
     const bool moved = softmax.follow_maximum(s, factor, sees, scale, lane);
     softmax.exponentiate(s, scale);
     device::wgmma_wait<0>();
     device::hold(softmax.o);
-    release(shared.empty_v(last), lane);
+    device::arrive_for_warp(shared.empty_v(last), lane);
     if (moved) softmax.rescale(factor);
     device::round_to_operand<Element, kKeys>(p, s);
   }
-  release(shared.empty_q(), lane);
+  device::arrive_for_warp(shared.empty_q(), lane);
   device::barrier_wait(shared.full_v(shared.stage), shared.phase);
   const int valid = tile.run_end - (tile.first + (stages - 1) * kKeys);
   if (valid < kKeys) {  // P is 0 there, but 0 * NaN isn't
@@ -184,7 +179,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   device::wgmma_commit();
   device::wgmma_wait<0>();
   device::hold(softmax.o);
-  release(shared.empty_v(shared.stage), lane);
+  device::arrive_for_warp(shared.empty_v(shared.stage), lane);
   shared.advance();
 }
 
@@ -211,7 +206,7 @@ __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config
     if (stages > 0)
       attend<Config>(shared, tile, stages, sees, a.scale_log2, warpgroup, lane, softmax);
     else
-      release(shared.empty_q(), lane);
+      device::arrive_for_warp(shared.empty_q(), lane);
     tile.fetch_rows(info);  // again, rather than kept in registers
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

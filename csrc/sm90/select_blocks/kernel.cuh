@@ -164,21 +164,17 @@ __device__ __forceinline__ void consume(const SelectionArgs& a, Shared<Config>& 
   const Layout& layout = shared.layout;
   const int nth = warp / 4, group_token = nth * a.tokens_per_group;
   Group<Config, kWhole> group;
-  group.tokens = {shared.base + Config::kStatesAt + nth * Config::kStateBytes,
-                  memory + Config::kListsAt + nth * layout.list_bytes, a.token_bytes, a.topk};
-  if (a.lists) {
-    const int64_t place = blockIdx.x * Config::kGroups + nth;
-    group.tokens.lists = a.lists + place * a.tokens_per_group * a.token_bytes;
-  }
+  group.tokens.place(a, shared.base + Config::kStatesAt + nth * Config::kStateBytes,
+                     memory + Config::kListsAt + nth * layout.list_bytes, Config::kGroups, nth);
   group.table = reinterpret_cast<float*>(memory + layout.tables + nth * device::kPoolBytes);
   for (int t = blockIdx.x; t < a.plan.max_tiles * a.num_heads_k; t += gridDim.x) {
     const SelectionTile tile(a, t);
     if (!tile.real) continue;
     group.number = min(max(tile.tokens - group_token, 0), a.tokens_per_group);
-    device::sync_group(nth);  // the last tile's states are free
+    device::sync_warpgroup(nth);  // the last tile's states are free
     for (int token = threadIdx.x % 128; token < group.number; token += 128)
       group.tokens.set(token, tile.state_of(a, group_token + token));
-    device::sync_group(nth);
+    device::sync_warpgroup(nth);
     const int stages = __shfl_sync(device::kFullWarp, num_stages(a, tile), 0);
     if (stages > 0) {
       group.rows.load(a, tile, group_token, group.number, 0, warp, lane);
