@@ -11,15 +11,16 @@ struct StageFlags {
   static constexpr int kMaxUnits = 12;
   static constexpr unsigned kAny = (1u << kMaxUnits) - 1, kAll = kAny << kMaxUnits;
   static constexpr unsigned kLast = 0x80000000u;  // the tile's last stage
-  // In no warpgroup did more than one unit choose a block of the stage: 64 rows of wgmma would be three quarters waste.
+  // In no warpgroup did more than two units choose a block of the stage: half of wgmma's 64 rows, or more, would be waste.
   static constexpr unsigned kAlone = 0x40000000u;
   // any_bits: of one block
   static __device__ __forceinline__ unsigned alone(unsigned any_bits) {
     unsigned shared = 0;
 #pragma unroll
     for (int unit = 0; unit < kMaxUnits; unit += 4) {
-      const unsigned four = any_bits >> unit & 0xf;
-      shared |= four & (four - 1);
+      unsigned more = any_bits >> unit & 0xf;
+      more &= more - 1;
+      shared |= more & (more - 1);
     }
     return shared ? 0 : kAlone;
   }
