@@ -24,9 +24,8 @@ struct Config {
   static constexpr int kMaxStages = 4;
 
   // Shared memory: barriers, token states, lists, tables, one or two Q, stages.
-  static constexpr int kStateBytes = 32 * cuda::kSelectionRows;  // of a group
   static constexpr int kStatesAt = 128;
-  static constexpr int kListsAt = kStatesAt + kGroups * kStateBytes;
+  static constexpr int kListsAt = kStatesAt + kGroups * device::kStateBytes;
   static_assert(16 * (2 + kMaxStages) <= kStatesAt);
 };
 

@@ -99,13 +99,13 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
 // Scores of 64 rows and half a stage: classes 2 kHalf and 2 kHalf + 1 of its keys.
 template <typename Config, int kHalf>
 __device__ __forceinline__ void start_scores(float (&s)[8][4], uint32_t query, uint32_t keys) {
+  const uint64_t from_a = device::matrix_descriptor(query), from_b = device::matrix_descriptor(keys + kHalf * 64 * 128);
   device::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kDk / 16; ++step) {
-    const uint32_t a = query + step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32;
-    const uint32_t b = keys + step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + kHalf * 64 * 128 + step % 4 * 32;
-    device::Wgmma<typename Config::Element, 64>::rows(s, device::matrix_descriptor(a), device::matrix_descriptor(b),
-                                                      step > 0);
+    device::Wgmma<typename Config::Element, 64>::rows(
+        s, device::advance(from_a, step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32),
+        device::advance(from_b, step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + step % 4 * 32), step > 0);
   }
   device::wgmma_commit();
 }
@@ -141,19 +141,30 @@ template <typename Config, bool kWhole>
 __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, uint32_t query,
                                      Group<Config, kWhole>& group, int stages, int warp, int lane) {
   float low[8][4], high[8][4];
+  device::barrier_wait(shared.full(), shared.phase);
+  start_scores<Config, 0>(low, query, shared.keys());
+  device::wgmma_wait<0>();
+  device::hold(low);
   for (int i = 0; i < stages; ++i) {
-    device::barrier_wait(shared.full(), shared.phase);
-    start_scores<Config, 0>(low, query, shared.keys());
     start_scores<Config, 1>(high, query, shared.keys());
-    device::wgmma_wait<1>();
-    device::hold(low);
     pool_half<0>(a, group, low, 128 * i, lane);
-    device::wgmma_wait<0>();
-    device::hold(high);
-    release(shared.empty(), lane);
+    const uint32_t emptied = shared.empty();
     shared.advance();
+    if (i + 1 < stages) {
+      if (shared.layout.stages > 1) device::barrier_wait(shared.full(), shared.phase);
+      device::wgmma_wait<0>();
+      release(emptied, lane);
+      if (shared.layout.stages == 1) device::barrier_wait(shared.full(), shared.phase);
+      start_scores<Config, 0>(low, query, shared.keys());
+    } else {
+      device::wgmma_wait<0>();
+      release(emptied, lane);
+    }
+    device::hold(high);
     pool_half<1>(a, group, high, 128 * i, lane);
     device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
+    device::wgmma_wait<0>();
+    device::hold(low);
   }
   release(shared.empty_q(), lane);
 }
@@ -164,8 +175,8 @@ __device__ __forceinline__ void consume(const SelectionArgs& a, Shared<Config>& 
   const Layout& layout = shared.layout;
   const int nth = warp / 4, group_token = nth * a.tokens_per_group;
   Group<Config, kWhole> group;
-  group.tokens.place(a, shared.base + Config::kStatesAt + nth * Config::kStateBytes,
-                     memory + Config::kListsAt + nth * layout.list_bytes, Config::kGroups, nth);
+  group.tokens.place(a, shared.base + Config::kStatesAt + nth * device::kStateBytes,
+                     memory + Config::kListsAt + nth * layout.list_bytes, Config::kGroups, nth, warp);
   group.table = reinterpret_cast<float*>(memory + layout.tables + nth * device::kPoolBytes);
   for (int t = blockIdx.x; t < a.plan.max_tiles * a.num_heads_k; t += gridDim.x) {
     const SelectionTile tile(a, t);
