@@ -134,6 +134,8 @@ __device__ __forceinline__ void pool_half(const SelectionArgs& a, Group<Config, 
   group.pool.template add<2 * kHalf + 1>(high, lane);
 }
 
+// Half a stage is pooled under the next half's product, and the list's work goes under the next stage's first. No
+// product is in flight where the loop closes: ptxas would serialise them all.
 template <typename Config, bool kWhole>
 __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, const Query<Config>& query,
                                      Group<Config, kWhole>& group, int stages, int warp, int lane) {
@@ -148,6 +150,7 @@ __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& sha
     const uint32_t emptied = shared.empty();
     shared.advance();
     if (i + 1 < stages) {
+      // A ring of one stage must be given back first; else the next product follows this one at once.
       if (shared.layout.stages > 1) device::barrier_wait(shared.full(), shared.phase);
       device::wgmma_wait<0>();
       release(emptied, lane);
@@ -157,7 +160,7 @@ __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& sha
       device::wgmma_wait<0>();
       release(emptied, lane);
     }
-    device::hold(high);
+    device::hold(high);  // with the wait in both branches: exponentials hoisted above them would delay the start
     pool_half<1>(a, group, high, 128 * i, lane);
     device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
     device::wgmma_wait<0>();
