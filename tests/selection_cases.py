@@ -67,6 +67,8 @@ GROUPS += [
     case("paper", Tq=700, Tk=700, Hq=16, Hkv=1, Dk=192, Dv=128, topk=6, **PAPER),
     case("d128_g16", Tq=300, Tk=900, Hq=32, Hkv=2, Dk=128, Dv=128, topk=8, **PAPER),
     case("d256_g5", Tq=130, Tk=500, Hq=10, Hkv=2, Dk=256, Dv=256),
+    case("d256_g1", Tq=130, Tk=1200, Hq=2, Hkv=2, Dk=256, Dv=256, topk=16),  # keys of one stage fit into shared memory
+    case("d192_g1", Tq=130, Tk=1200, Hq=2, Hkv=2, Dk=192, Dv=128, topk=16),
     case("g16_topk70", Tq=70, Tk=2000, Hq=16, Hkv=1, topk=70),
     case("g32_topk300", Tq=40, Tk=8000, Hq=32, Hkv=1, topk=300),
     case("d33", Tq=70, Tk=200, Dk=33, Dv=1),

@@ -114,6 +114,28 @@ def test_repeated_keys_tie_exactly(target: Target, G: int, kernel_size: int, ker
 
 
 @pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("G", [3, 16, 32])
+@pytest.mark.parametrize("topk", [1, 16, 32, 33, 70])
+@pytest.mark.parametrize("order", ["rising", "falling", "runs"])
+def test_order_of_scores(target: Target, G: int, topk: int, order: str):
+    """Every block enters the list; none once it is full; all of a run tie. Lists of one entry to three warps'."""
+    case = tie_case(Tq=20, Tk=2400, kernel_size=8, kernel_stride=4, block_size=16, Hq=2 * G, topk=topk)
+    made, _ = make(case, target)
+    block = torch.arange(made.k.shape[1], device=made.k.device) // 4
+    level = {"rising": block, "falling": 150 - block, "runs": block // 40 * 40}[order] / 150
+    made.q.abs_()
+    made.k.copy_(level[None, :, None, None].expand(made.k.shape))
+    _, lse = nsa_cuda.compressed_attention(
+        made.q, made.k, made.v, return_lse=True, backend=target.backend, **made.options
+    )
+    ids = select(made, lse, target.backend)
+    assert not failures(made, lse, ids)
+    if order == "runs" and topk < 29:  # of the last run's blocks, 120 shares a key with the run before
+        assert (ids == torch.arange(121, 121 + topk, device=ids.device)).all()
+    assert torch.equal(ids, select(made, lse, target.backend))
+
+
+@pytest.mark.parametrize("target", ALL)
 def test_scores_of_zero_are_candidates(target: Target):
     """lse = -inf, a dead row of the compressed branch, scores 0 everywhere and fills its budget in order of id."""
     made, lse = make(SelectionCase("dead", Tq=5, Tk=300, topk=5, causal=False, q_offset=250), target)

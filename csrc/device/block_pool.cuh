@@ -155,21 +155,25 @@ __device__ __forceinline__ void take_pooled(const cuda::SelectionArgs& a, const 
                                             const BlockPool<kWhole>& pool, int num_tokens, int first, int warp,
                                             int lane) {
   if constexpr (kWhole) {
+    const int token = warp % 4;
+    const Entrance entrance = tokens.entrance(token);  // loaded under the sums; nobody's unless token < num_tokens
     float score = pool.over_rows(lane);
-    int token = warp % 4;
     if (a.group > 16) {
       table[token * kPoolRowFloats + lane] = score;
       sync_warpgroup(warp / 4);
       const int parts = a.group / 16;
       if (token < num_tokens) score = sum_rows(table, token * parts, parts, lane);
     }
-    if (token < num_tokens) consider_blocks(a, tokens, token, true, score, first + lane, lane);
+    if (token < num_tokens) {
+      const int stage = first / 32;
+      consider_blocks<true>(a, tokens, token, entrance, (stage & (stage - 1)) == 0, true, score, first + lane, lane);
+    }
   } else {
     store_fragment(table, pool.sum[0], pool.sum[1], warp, lane);
     sync_warpgroup(warp / 4);
     for (int token = warp % 4; token < num_tokens; token += 4) {
       const float score = sum_rows(table, token * a.group, a.group, lane);
-      consider_blocks(a, tokens, token, true, score, first + lane, lane);
+      consider_blocks<false>(a, tokens, token, tokens.entrance(token), true, true, score, first + lane, lane);
     }
   }
   if (!kWhole || a.group > 16) sync_warpgroup(warp / 4);
@@ -201,7 +205,7 @@ __device__ __forceinline__ void take_masses(const cuda::SelectionArgs& a, const 
     const bool done = end <= first + 32;
     if (real && !done) open[block % a.open_blocks] = sum;
     __syncwarp();
-    consider_blocks(a, tokens, token, real && done, sum, block, lane);
+    consider_blocks<false>(a, tokens, token, tokens.entrance(token), true, real && done, sum, block, lane);
   }
 }
 

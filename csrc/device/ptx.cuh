@@ -169,6 +169,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// 1 if a > b, else 0.
+__device__ __forceinline__ float set_above(float a, float b) {
+  float y;
+  asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // What differs between the 16-bit types: the MMA's type suffix and the conversions.
 template <typename Element>
 struct Half;

@@ -7,7 +7,8 @@
 
 namespace nsa::device {
 
-// What is known of a token of a group; 32 bytes of shared memory. A block j is scored where init_blocks <= j <
+// What is known of a token of a group; with the number of its blocks set aside (top_blocks.cuh) 32 bytes of shared
+// memory. A block j is scored where init_blocks <= j <
 // scan_end and it isn't one of the local blocks [local_first, local_end), which are taken anyway, as are those before
 // init_blocks.
 struct TokenState {
@@ -16,7 +17,6 @@ struct TokenState {
   int local_first, local_end;
   int count;  // entries of the list
   int rest;   // entries that the list may hold: topk less the forced blocks
-  int keys;   // compressed keys that the token sees
   int candidates;
 };
 
@@ -97,7 +97,6 @@ struct SelectionTile {
     const int64_t p = position + i, l = a.block_size;
     const int64_t own = p >= 0 ? p / l : -((-p + l - 1) / l);
     s.candidates = candidates_of(a, i);
-    s.keys = keys_of(a, i);
     const auto clamp = [&](int64_t block) {
       return static_cast<int>(min(max(block, int64_t{0}), static_cast<int64_t>(s.candidates)));
     };

@@ -23,8 +23,7 @@ struct Config {
   static constexpr int kMaxStages = 4;
 
   // Shared memory: token states, lists, tables, Q, stages. Sizes of one group.
-  static constexpr int kStateBytes = 32 * cuda::kSelectionRows;
-  static constexpr int kListsAt = kGroups * kStateBytes;
+  static constexpr int kListsAt = kGroups * device::kStateBytes;
   static constexpr int tables_at(int list_bytes) { return (kListsAt + kGroups * list_bytes + 127) / 128 * 128; }
   static constexpr int queries_at(int list_bytes) { return tables_at(list_bytes) + kGroups * device::kPoolBytes; }
   static constexpr int stages_at(int list_bytes) { return queries_at(list_bytes) + kGroups * kQueryBytes; }

@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   Group<Config> group;
   group.query = base + Config::queries_at(list_bytes) + nth * Config::kQueryBytes;
   group.table = reinterpret_cast<float*>(shared + Config::tables_at(list_bytes) + nth * device::kPoolBytes);
-  group.tokens.place(a, base + nth * Config::kStateBytes, shared + Config::kListsAt + nth * list_bytes, Config::kGroups,
-                     nth);
+  group.tokens.place(a, base + nth * device::kStateBytes, shared + Config::kListsAt + nth * list_bytes, Config::kGroups,
+                     nth, warp);
   const uint32_t ring = base + Config::stages_at(list_bytes);
   group.token = nth * a.tokens_per_group;
   for (int t = blockIdx.x; t < a.plan.max_tiles * a.num_heads_k; t += gridDim.x) {

@@ -20,22 +20,25 @@ struct Maps {
 };
 
 template <typename Config>
+using Query = device::RegisterOperand<Config::kDk>;
+
+template <typename Config>
 struct Shared {
   uint32_t base;
   const Layout& layout;
-  int stage = 0, buffer = 0;
+  int stage = 0;
   unsigned phase = 0, query_phase = 0;
 
-  __device__ __forceinline__ uint32_t full_q() const { return base + 16 * buffer; }
-  __device__ __forceinline__ uint32_t empty_q() const { return full_q() + 8; }
-  __device__ __forceinline__ uint32_t full() const { return base + 32 + 16 * stage; }
+  __device__ __forceinline__ uint32_t full_q() const { return base; }
+  __device__ __forceinline__ uint32_t empty_q() const { return base + 8; }
+  __device__ __forceinline__ uint32_t full() const { return base + 16 + 16 * stage; }
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
   __device__ __forceinline__ uint32_t query(int group) const {
-    return base + layout.queries + (buffer * Config::kGroups + group) * Config::kQueryBytes;
+    return base + layout.queries + group * Config::kQueryBytes;
   }
   __device__ __forceinline__ uint32_t keys() const { return base + layout.stages_at + stage * Config::kStageBytes; }
   __device__ __forceinline__ void init() const {
-    for (int i = 0; i < 2 + layout.stages; ++i) {
+    for (int i = 0; i < 1 + layout.stages; ++i) {
       device::barrier_init(base + 16 * i, 1);
       device::barrier_init(base + 16 * i + 8, 4 * Config::kGroups);
     }
@@ -44,12 +47,6 @@ struct Shared {
     if (++stage == layout.stages) {
       stage = 0;
       phase ^= 1;
-    }
-  }
-  __device__ __forceinline__ void advance_query() {
-    if (++buffer == layout.query_buffers) {
-      buffer = 0;
-      query_phase ^= 1;
     }
   }
 };
@@ -78,7 +75,7 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
                                64 * c, tile.head * a.group, place.y, place.x);
       }
     }
-    shared.advance_query();
+    shared.query_phase ^= 1;
     const int2 place = a.k.batch_and_row(tile.first_key);
     for (int i = 0; i < stages; ++i) {
       device::barrier_wait(shared.empty(), shared.phase ^ 1);
@@ -98,14 +95,14 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
 
 // Scores of 64 rows and half a stage: classes 2 kHalf and 2 kHalf + 1 of its keys.
 template <typename Config, int kHalf>
-__device__ __forceinline__ void start_scores(float (&s)[8][4], uint32_t query, uint32_t keys) {
+__device__ __forceinline__ void start_scores(float (&s)[8][4], const Query<Config>& query, uint32_t keys) {
+  const uint64_t from = device::matrix_descriptor(keys + kHalf * 64 * 128);
   device::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kDk / 16; ++step) {
-    const uint32_t a = query + step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32;
-    const uint32_t b = keys + step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + kHalf * 64 * 128 + step % 4 * 32;
-    device::Wgmma<typename Config::Element, 64>::rows(s, device::matrix_descriptor(a), device::matrix_descriptor(b),
-                                                      step > 0);
+    device::Wgmma<typename Config::Element, 64>::rows(
+        s, query.fragments[step],
+        device::advance(from, step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + step % 4 * 32), step > 0);
   }
   device::wgmma_commit();
 }
@@ -137,25 +134,38 @@ __device__ __forceinline__ void pool_half(const SelectionArgs& a, Group<Config, 
   group.pool.template add<2 * kHalf + 1>(high, lane);
 }
 
+// Half a stage is pooled under the next half's product, and the list's work goes under the next stage's first. No
+// product is in flight where the loop closes: ptxas would serialise them all.
 template <typename Config, bool kWhole>
-__device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, uint32_t query,
+__device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, const Query<Config>& query,
                                      Group<Config, kWhole>& group, int stages, int warp, int lane) {
   float low[8][4], high[8][4];
+  device::barrier_wait(shared.full(), shared.phase);
+  start_scores<Config, 0>(low, query, shared.keys());
+  device::wgmma_wait<0>();
+  device::hold(low);
   for (int i = 0; i < stages; ++i) {
-    device::barrier_wait(shared.full(), shared.phase);
-    start_scores<Config, 0>(low, query, shared.keys());
     start_scores<Config, 1>(high, query, shared.keys());
-    device::wgmma_wait<1>();
-    device::hold(low);
     pool_half<0>(a, group, low, 128 * i, lane);
-    device::wgmma_wait<0>();
-    device::hold(high);
-    release(shared.empty(), lane);
+    const uint32_t emptied = shared.empty();
     shared.advance();
+    if (i + 1 < stages) {
+      // A ring of one stage must be given back first; else the next product follows this one at once.
+      if (shared.layout.stages > 1) device::barrier_wait(shared.full(), shared.phase);
+      device::wgmma_wait<0>();
+      release(emptied, lane);
+      if (shared.layout.stages == 1) device::barrier_wait(shared.full(), shared.phase);
+      start_scores<Config, 0>(low, query, shared.keys());
+    } else {
+      device::wgmma_wait<0>();
+      release(emptied, lane);
+    }
+    device::hold(high);  // with the wait in both branches: exponentials hoisted above them would delay the start
     pool_half<1>(a, group, high, 128 * i, lane);
     device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
+    device::wgmma_wait<0>();
+    device::hold(low);
   }
-  release(shared.empty_q(), lane);
 }
 
 template <typename Config, bool kWhole>
@@ -164,8 +174,8 @@ __device__ __forceinline__ void consume(const SelectionArgs& a, Shared<Config>& 
   const Layout& layout = shared.layout;
   const int nth = warp / 4, group_token = nth * a.tokens_per_group;
   Group<Config, kWhole> group;
-  group.tokens.place(a, shared.base + Config::kStatesAt + nth * Config::kStateBytes,
-                     memory + Config::kListsAt + nth * layout.list_bytes, Config::kGroups, nth);
+  group.tokens.place(a, shared.base + Config::kStatesAt + nth * device::kStateBytes,
+                     memory + Config::kListsAt + nth * layout.list_bytes, Config::kGroups, nth, warp);
   group.table = reinterpret_cast<float*>(memory + layout.tables + nth * device::kPoolBytes);
   for (int t = blockIdx.x; t < a.plan.max_tiles * a.num_heads_k; t += gridDim.x) {
     const SelectionTile tile(a, t);
@@ -181,8 +191,14 @@ __device__ __forceinline__ void consume(const SelectionArgs& a, Shared<Config>& 
       group.seen_by_all = __shfl_sync(device::kFullWarp, tile.keys_of(a, group_token), 0);
       group.pool.reset();
       device::barrier_wait(shared.full_q(), shared.query_phase);
-      scan<Config, kWhole>(a, shared, shared.query(nth), group, stages, warp, lane);
-      shared.advance_query();
+      Query<Config> query;
+      const device::SharedOperand<Config::kDk, BoxTile<Config::kDk, 64>> rows(shared.query(nth) + warp % 4 * 16 * 128,
+                                                                              lane);
+#pragma unroll
+      for (int step = 0; step < Config::kDk / 16; ++step) rows.load(query.fragments[step], step);
+      device::arrive_for_warp(shared.empty_q(), lane);
+      shared.query_phase ^= 1;
+      scan<Config, kWhole>(a, shared, query, group, stages, warp, lane);
     }
     for (int token = warp % 4; token < group.number; token += 4)
       device::write_blocks(a, group.tokens, token, tile.first_token + group_token + token, tile.head, lane);
