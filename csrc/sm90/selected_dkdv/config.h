@@ -21,6 +21,9 @@ struct Config {
   static constexpr int kSplit = kDk == 256 ? 2 : 1;
   static constexpr int kDkColumns = kDk / kSplit, kDvColumns = kDv / kSplit;  // of a warpgroup
   static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
+  // Rows come by TMA where a box holds at least this many heads of a token (1 KB), by the 16 rows of a warp; smaller
+  // boxes would be 64 and more a stage.
+  static constexpr int kMinBoxHeads = 8, kBoxWarps = kRows / 16;
   static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 
   using KeyTileK = device::BoxTile<kDk, kKeys>;

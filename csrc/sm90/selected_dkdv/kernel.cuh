@@ -3,6 +3,8 @@
 // Sums stay in registers and are added in a fixed order: bitwise deterministic without atomics.
 #pragma once
 
+#include <cuda.h>
+
 #include "device/key_item.cuh"
 #include "device/warpgroup.cuh"
 #include "sm90/selected_dkdv/config.h"
@@ -11,6 +13,12 @@ namespace nsa::sm90::selected_dkdv {
 
 using cuda::BackwardArgs;
 using device::Item;
+
+// How query rows are loaded. box_heads: heads of a token in a TMA box; 0: rows by cp.async.
+struct RowMaps {
+  CUtensorMap q, dout;
+  int box_heads;
+};
 
 // The stages' place in shared memory and the turn of one role.
 template <typename Config>
@@ -23,9 +31,11 @@ struct RowRing {
   __device__ __forceinline__ uint32_t full(int s) const { return shared + 16 * s; }
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
   __device__ __forceinline__ uint32_t data() const { return shared + Config::kStages + stage * Config::kStageBytes; }
-  __device__ __forceinline__ void init() const {
+  __device__ __forceinline__ void init(bool boxes) const {
+    // by TMA every warp arrives with its boxes and each of its lanes with the statistics it copied
+    const int arrivals = boxes ? Config::kBoxWarps * 33 : Config::kProducers;
     for (int s = 0; s < stages; ++s) {
-      device::barrier_init(full(s), Config::kProducers);
+      device::barrier_init(full(s), arrivals);
       device::barrier_init(empty(s), Config::kConsumers / 32);
     }
   }
@@ -122,6 +132,54 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
   }
 }
 
+// The same with rows by TMA: a warp brings 16 rows of every stage. Its lanes know one row each, twice: lanes 0 .. 15
+// copy the row's {lse2, delta}, lanes 16 .. 31 its last key. Tokens are read two stages ahead, since a stage costs a
+// warp no more than a few hundred cycles.
+template <typename Config>
+__device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMaps& maps, const Item& item,
+                                              RowRing<Config>& ring, int num_rows, int warp, int lane) {
+  if (warp >= Config::kBoxWarps) return;
+  copy_block<Config, 32 * Config::kBoxWarps>(a, item, ring.shared + Config::kBlock, 32 * warp + lane);
+  const int first_head = item.head * a.group, heads = a.num_heads_k * a.group;
+  const int r = 16 * warp + lane % 16;
+  const GroupRow steps(Config::kRows, a.group);
+  GroupRow row(r, a.group), ahead = row;
+  int token = ahead.token(a, item);
+  ahead.advance(steps, a.group);
+  int next = ahead.token(a, item);
+  for (int first = 0; first < num_rows; first += Config::kRows) {
+    ahead.advance(steps, a.group);
+    const int after_next = ahead.token(a, item);
+    const bool real = token >= 0;
+    const int from = max(token, 0), head = first_head + row.head;
+    device::barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
+    const uint32_t stage = ring.data(), full = ring.full(ring.stage);
+    if (lane == 0) device::barrier_arrive_expect(full, 16 * 2 * (Config::kDk + Config::kDv));
+    const int box_head = real ? head : heads;  // a box past the last head is zeros
+    for (int i = 0; i < 16; i += maps.box_heads) {
+      const int box_token = __shfl_sync(device::kFullWarp, from, i);
+      const int at_head = __shfl_sync(device::kFullWarp, box_head, i);
+      if (lane == 0) {
+        const uint32_t to = stage + (16 * warp + i) * Config::RowTileQ::kRowBytes;
+        device::copy_queries<Config::kDk, Config::kRows>(to, &maps.q, full, a.q, box_token, at_head);
+        device::copy_queries<Config::kDv, Config::kRows>(to + Config::kDout, &maps.dout, full, a.dout, box_token,
+                                                         at_head);
+      }
+    }
+    if (lane < 16) {  // rows that don't exist become zeros here too
+      device::copy_small_async<8>(stage + Config::kStats + 8 * r, a.stats + (static_cast<int64_t>(from) * heads + head),
+                                  real);
+    } else {
+      device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
+    }
+    device::barrier_arrive_after_copies(full);
+    ring.advance();
+    row.advance(steps, a.group);
+    token = next;
+    next = after_next;
+  }
+}
+
 // One stage of query rows, by one warpgroup.
 template <typename Config>
 __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int key, bool masked,
@@ -190,21 +248,26 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, in
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ BackwardArgs a, int stages) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ RowMaps maps, int stages) {
   extern __shared__ __align__(1024) char shared_memory[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   Item item;
   if (!device::find_item<Config::kKeys>(a, lane, item)) return;
   RowRing<Config> ring = {device::shared_address(shared_memory), stages};
   if (threadIdx.x == 0) {
-    ring.init();
+    ring.init(maps.box_heads > 0);
     device::leave_item(item, ring.shared + Config::kItem);
   }
   __syncthreads();
   const int num_rows = item.entries * a.group;
   if (warp >= Config::kConsumers / 32) {
     device::give_registers<Config::kProducerRegisters>();
-    if (num_rows > 0) produce<Config>(a, item, ring, num_rows);
+    if (num_rows > 0 && maps.box_heads > 0) {
+      produce_boxes<Config>(a, maps, item, ring, num_rows, warp - Config::kConsumers / 32, lane);
+    } else if (num_rows > 0) {
+      produce<Config>(a, item, ring, num_rows);
+    }
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, item.first_key, item.first_key + item.keys - 1, ring, num_rows, warp, lane);
