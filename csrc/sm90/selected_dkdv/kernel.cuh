@@ -36,12 +36,13 @@ struct RowRing {
     const int arrivals = boxes ? Config::kBoxWarps * 33 : Config::kProducers;
     for (int s = 0; s < stages; ++s) {
       device::barrier_init(full(s), arrivals);
-      device::barrier_init(empty(s), Config::kConsumers / 32);
+      device::barrier_init(empty(s), Config::kReaders * 4);
     }
   }
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
+  __device__ __forceinline__ void advance(int steps = 1) {  // steps <= stages
+    stage += steps;
+    if (stage >= stages) {
+      stage -= stages;
       phase ^= 1;
     }
   }
@@ -180,71 +181,80 @@ __device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMa
   }
 }
 
-// One stage of query rows, by one warpgroup.
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// A warpgroup's stages. Its products run while it works on registers:
+//   S | dP beside P | dS | dV and dK beside the wait for the next stage, and its S behind them
+// dP starts when dV and dK are done: it takes the registers of their operands. dV beside dS would need 16 more than
+// there are with (128, 128) (C7512); that time is the other warpgroup's.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int key, bool masked,
-                                       int half, int lane, device::KeySums<Config>& sums) {
+__device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+                                       int num_rows, int warp, int lane, device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
-  constexpr int kRows = Config::kRows;
+  constexpr int kRows = Config::kRows, kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
+  const int warpgroup = warp / 4, half = Config::kSplit == 2 ? warpgroup : 0;
+  const uint32_t block = ring.shared + Config::kBlock;
+  const uint32_t dv_rows = Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes;
+  const uint32_t dk_rows = half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes;
+  const int key = first_key + 16 * (warp % 4) + lane / 4;
   float p[kRows / 8][4], ds[kRows / 8][4];
-  device::fence_shared_for_wgmma();
-  device::wgmma_fence();
-  device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
-  device::start_transposed<Element, Config::kDv, kRows>(ds, block + Config::kValues, stage + Config::kDout);
-  device::wgmma_commit();
-  device::wgmma_wait<0>();
-  device::hold(p);
-  device::hold(ds);
-  device::key_probabilities(p, ds, stage + Config::kStats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
   uint32_t p_operand[kRows / 16][4], ds_operand[kRows / 16][4];
-  device::round_to_operand<Element, kRows>(p_operand, p);
-  device::round_to_operand<Element, kRows>(ds_operand, ds);
-  device::hold(sums.dv);
-  device::hold(sums.dk);
-  device::wgmma_fence();
-  device::start_columns<Element, kRows, Config::kDvColumns>(
-      sums.dv, p_operand, stage + Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes);
-  device::start_columns<Element, kRows, Config::kDkColumns>(
-      sums.dk, ds_operand, stage + half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes);
-  device::wgmma_commit();
+  int last = -1;  // stage
+  const int first = kStep == 2 ? warpgroup * kRows : 0;
+  if (first >= num_rows)
+    return;  // ptxas serialises the products where zeros of no loop meet their sums before the wait
+  if (first > 0) ring.advance();
+  for (int row = first; row < num_rows; row += kStep * kRows) {
+    device::barrier_wait(ring.full(ring.stage), ring.phase);
+    const uint32_t stage = ring.data(), stats = stage + Config::kStats;
+    device::fence_shared_for_wgmma();
+    device::wgmma_fence();
+    device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
+    device::wgmma_commit();
+    device::wgmma_wait<1>();
+    if (last >= 0) device::arrive_for_warp(ring.empty(last), lane);  // the last stage of all isn't filled again
+    device::wgmma_fence();
+    device::start_transposed<Element, Config::kDv, kRows>(ds, block + Config::kValues, stage + Config::kDout);
+    device::wgmma_commit();
+    // rows ascend, and so do their last keys: when the first row sees the whole block, all do
+    const bool masked = device::load_shared(stage + Config::kLastKeys) < last_key;
+    device::wgmma_wait<1>();
+    device::hold(p);
+    device::key_probabilities(p, stats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
+    device::wgmma_wait<0>();
+    device::hold(ds);
+    device::key_gradients(p, ds, stats, lane);
+    device::round_to_operand<Element, kRows>(p_operand, p);
+    device::round_to_operand<Element, kRows>(ds_operand, ds);
+    device::wgmma_fence();
+    device::start_columns<Element, kRows, Config::kDvColumns>(sums.dv, p_operand, stage + dv_rows);
+    device::start_columns<Element, kRows, Config::kDkColumns>(sums.dk, ds_operand, stage + dk_rows);
+    device::wgmma_commit();
+    last = ring.stage;
+    ring.advance(kStep);
+  }
   device::wgmma_wait<0>();
   device::hold(sums.dv);
   device::hold(sums.dk);
 }
 
-__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
 template <typename Config>
 __device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
                                         int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
-  const int half = Config::kSplit == 2 ? warpgroup : 0;
-  const uint32_t block = ring.shared + Config::kBlock;
-  const int first = 16 * (warp % 4);  // key of the item
   device::KeySums<Config> sums;
   sums.reset();
-  int turn = 0;
-  for (int row = 0; row < num_rows; row += Config::kRows) {
-    device::barrier_wait(ring.full(ring.stage), ring.phase);
-    if (Config::kSplit == 2 || turn == warpgroup) {
-      // rows ascend, and so do their last keys: when the first row sees the whole block, all do
-      const bool masked = device::load_shared(ring.data() + Config::kLastKeys) < last_key;
-      attend<Config>(a, block, ring.data(), first_key + first + lane / 4, masked, half, lane, sums);
-    }
-    turn ^= 1;
-    __syncwarp();
-    if (lane == 0) device::barrier_arrive(ring.empty(ring.stage));
-    ring.advance();
-  }
+  attend<Config>(a, first_key, last_key, ring, num_rows, warp, lane, sums);
   if constexpr (Config::kSplit == 1) {
-    const uint32_t at = block + (warp % 4) * Config::kSumBytes + 16 * lane;
+    const uint32_t at = ring.shared + Config::kBlock + (warp % 4) * Config::kSumBytes + 16 * lane;
     sync_consumers();
     if (warpgroup == 1) sums.leave(at);
     sync_consumers();
     if (warpgroup == 1) return;
     sums.add(at);
   }
-  device::store_sums<Config>(a, device::fetch_item(ring.shared + Config::kItem), first, half, lane, sums);
+  device::store_sums<Config>(a, device::fetch_item(ring.shared + Config::kItem), 16 * (warp % 4),
+                             Config::kSplit == 2 ? warpgroup : 0, lane, sums);
 }
 
 template <typename Config>
