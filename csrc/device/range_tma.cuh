@@ -19,16 +19,6 @@ __device__ __forceinline__ void copy_keys(uint32_t to, const CUtensorMap* map, u
     copy_box_async(to + c * BoxTile<kDim, kRows>::kBoxBytes, map, barrier, 64 * c, place.y, head, place.x);
 }
 
-// kRows rows (token * G + head of the group) into a BoxTile<kDim, kRows>; head: the first row's.
-template <int kDim, int kRows>
-__device__ __forceinline__ void copy_queries(uint32_t to, const CUtensorMap* map, uint32_t barrier,
-                                             const cuda::TensorArg& from, int token, int head) {
-  const int2 place = from.batch_and_row(token);
-#pragma unroll
-  for (int c = 0; c < kDim / 64; ++c)
-    copy_box_async(to + c * BoxTile<kDim, kRows>::kBoxBytes, map, barrier, 64 * c, head, place.y, place.x);
-}
-
 // Zeros into rows [valid, kRows) of a BoxTile that TMA filled with another sequence's rows, which may hold NaN. Every
 // warpgroup that reads the tile does it for itself, then calls publish_zeros().
 template <int kDim, int kRows>

@@ -29,6 +29,16 @@ __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg&
   }
 }
 
+// kRows rows (token * G + head of the group) into a BoxTile<kDim, kRows>; head: the first row's.
+template <int kDim, int kRows>
+__device__ __forceinline__ void copy_queries(uint32_t to, const CUtensorMap* map, uint32_t barrier,
+                                             const cuda::TensorArg& from, int token, int head) {
+  const int2 place = from.batch_and_row(token);
+#pragma unroll
+  for (int c = 0; c < kDim / 64; ++c)
+    copy_box_async(to + c * BoxTile<kDim, kRows>::kBoxBytes, map, barrier, 64 * c, head, place.y, place.x);
+}
+
 // A descriptor that ptxas knows to be the same in all lanes: steps along the operand are then additions to a uniform
 // register, where they took ten instructions each.
 __device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared, uint32_t leading = 16) {

@@ -83,8 +83,10 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, ui
   device::multiply_transposed<Element, Config::kDv, kSlice>(
       ds, device::SharedOperand<Config::kDv>(block + Config::kKeyBytes + place.key_tile * 16 * TileV::kRowBytes, lane),
       dout, lane);
-  device::key_probabilities(p, ds, stage + Config::kStats + 8 * first_row, stage + Config::kLastKeys + 4 * first_row,
+  const uint32_t stats = stage + Config::kStats + 8 * first_row;
+  device::key_probabilities(p, stats, stage + Config::kLastKeys + 4 * first_row,
                             first_key + 16 * place.key_tile + lane / 4, masked, a.scale_log2, lane);
+  device::key_gradients(p, ds, stats, lane);
   uint32_t operand[kSlice / 16][4];
   device::round_to_operand<Element, kSlice>(operand, p);
   device::multiply<Element, Config::kDv, kSlice, Config::kDvColumns>(sums.dv, operand,

@@ -9,7 +9,8 @@ namespace nsa::sm90::selected_dkdv {
 // consumer warpgroups take stages in turn; their sums are added at the end. With head dim 256 the two share every stage
 // and own half of the columns of dK and dV each; both compute S and dP.
 //
-// Registers a thread, of 224: dK and dV (Dk + Dv) / (2 kSplit) + S and dP kRows + about 30.
+// Registers a thread, of 232: dK and dV (Dk + Dv) / (2 kSplit) + S and dP, or S and the last stage's operands, kRows +
+// about 30.
 //   (64, 64) 64 + 64 + 30   (128, 128) 128 + 64 + 30 = 222   (192, 128) 160 + 32 + 30 = 222   (256, 256) 128 + 32 + 30
 //   = 190
 template <typename Element_, int kDk_, int kDv_>
@@ -19,8 +20,12 @@ struct Config {
   static constexpr int kKeys = 64;                    // of a CTA
   static constexpr int kRows = kDk >= 192 ? 32 : 64;  // query rows a stage
   static constexpr int kSplit = kDk == 256 ? 2 : 1;
+  static constexpr int kReaders = kSplit;                                     // warpgroups that read a stage
   static constexpr int kDkColumns = kDk / kSplit, kDvColumns = kDv / kSplit;  // of a warpgroup
   static constexpr int kConsumers = 256, kProducers = 128, kThreads = kConsumers + kProducers;
+  // Rows come by TMA where a box holds at least this many heads of a token (1 KB), by the 16 rows of a warp; smaller
+  // boxes would be 64 and more a stage.
+  static constexpr int kMinBoxHeads = 8, kBoxWarps = kRows / 16;
   static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
 
   using KeyTileK = device::BoxTile<kDk, kKeys>;
@@ -39,6 +44,8 @@ struct Config {
   static constexpr int kBlock = 1024;
   static constexpr int kValues = 2 * kKeys * kDk;
   static constexpr int kStages = kBlock + kValues + 2 * kKeys * kDv;
+  // A warpgroup gives a stage back when its next one is there.
+  static_assert((227 * 1024 - kStages) / kStageBytes > 2 / kReaders);
   static int num_stages(int shared_bytes) {
     const int stages = (shared_bytes - kStages) / kStageBytes;
     return stages < kMaxStages ? stages : kMaxStages;

@@ -3,6 +3,8 @@
 // Sums stay in registers and are added in a fixed order: bitwise deterministic without atomics.
 #pragma once
 
+#include <cuda.h>
+
 #include "device/key_item.cuh"
 #include "device/warpgroup.cuh"
 #include "sm90/selected_dkdv/config.h"
@@ -11,6 +13,12 @@ namespace nsa::sm90::selected_dkdv {
 
 using cuda::BackwardArgs;
 using device::Item;
+
+// How query rows are loaded. box_heads: heads of a token in a TMA box; 0: rows by cp.async.
+struct RowMaps {
+  CUtensorMap q, dout;
+  int box_heads;
+};
 
 // The stages' place in shared memory and the turn of one role.
 template <typename Config>
@@ -23,160 +31,253 @@ struct RowRing {
   __device__ __forceinline__ uint32_t full(int s) const { return shared + 16 * s; }
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
   __device__ __forceinline__ uint32_t data() const { return shared + Config::kStages + stage * Config::kStageBytes; }
-  __device__ __forceinline__ void init() const {
+  __device__ __forceinline__ void init(bool boxes) const {
+    // by TMA every warp arrives with its boxes and each of its lanes with the statistics it copied
+    const int arrivals = boxes ? Config::kBoxWarps * 33 : Config::kProducers;
     for (int s = 0; s < stages; ++s) {
-      device::barrier_init(full(s), Config::kProducers);
-      device::barrier_init(empty(s), Config::kConsumers / 32);
+      device::barrier_init(full(s), arrivals);
+      device::barrier_init(empty(s), Config::kReaders * 4);
     }
   }
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
+  __device__ __forceinline__ void advance(int steps = 1) {  // steps <= stages
+    stage += steps;
+    if (stage >= stages) {
+      stage -= stages;
       phase ^= 1;
     }
   }
 };
 
-// One query row of a stage, as the producers see it.
-struct GatheredRow {
-  bool real;
-  int token, head;
+// A row of an item: the entry (token) that it belongs to and its head of the group, counted up without a division.
+struct GroupRow {
+  int entry, head;
 
-  __device__ __forceinline__ GatheredRow(const int32_t* tokens, int row, int num_rows, int kv_head, int group) {
-    real = row < num_rows;
-    const int entry = row / group;
-    token = real ? __ldg(tokens + entry) : 0;
-    head = kv_head * group + row - entry * group;
+  __device__ __forceinline__ GroupRow(int row, int group) : entry(row / group), head(row - entry * group) {}
+  // steps: GroupRow(rows, group)
+  __device__ __forceinline__ void advance(const GroupRow& steps, int group) {
+    entry += steps.entry;
+    head += steps.head;
+    if (head >= group) {
+      head -= group;
+      ++entry;
+    }
+  }
+  // The row's token; -1: the item has no such row.
+  __device__ __forceinline__ int token(const BackwardArgs& a, const Item& item) const {
+    return entry < item.entries ? __ldg(a.index.rows + item.begin + entry) : -1;
   }
 };
 
+// The item's keys, by kThreads threads; they are there when the first stage is.
+template <typename Config, int kThreads>
+__device__ __forceinline__ void copy_block(const BackwardArgs& a, const Item& item, uint32_t block, int thread) {
+  const device::RowCopy<typename Config::KeyTileK, kThreads> copy_k(a.k.row_bytes, thread);
+  const device::RowCopy<typename Config::KeyTileV, kThreads> copy_v(a.v.row_bytes, thread);
+  copy_k.some(block, a.k.at(item.first_key, item.head), a.k.row_bytes, Config::kKeys, item.keys);
+  copy_v.some(block + Config::kValues, a.v.at(item.first_key, item.head), a.v.row_bytes, Config::kKeys, item.keys);
+}
+
 // The producer warpgroup's whole work: the block, then stage after stage of rows. Eight threads copy 128 bytes of a
-// row.
+// row. Its token is read a stage ahead: from L2 it takes 600 to 800 cycles, as long as the copies of a stage.
 template <typename Config>
 __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item, RowRing<Config>& ring, int num_rows) {
-  const int thread = threadIdx.x - Config::kConsumers;
-  const device::RowCopy<typename Config::KeyTileK, Config::kProducers> copy_k(a.k.row_bytes, thread);
-  const device::RowCopy<typename Config::KeyTileV, Config::kProducers> copy_v(a.v.row_bytes, thread);
-  copy_k.some(ring.shared + Config::kBlock, a.k.at(item.first_key, item.head), a.k.row_bytes, Config::kKeys, item.keys);
-  copy_v.some(ring.shared + Config::kBlock + Config::kValues, a.v.at(item.first_key, item.head), a.v.row_bytes,
-              Config::kKeys, item.keys);
-  const int32_t* tokens = a.index.rows + item.begin;
-  const int heads = a.num_heads_k * a.group;
-  const int chunk = thread % 8;
+  constexpr int kPasses = Config::kRows / 16;
+  const int thread = threadIdx.x - Config::kConsumers, chunk = thread % 8;
+  copy_block<Config, Config::kProducers>(a, item, ring.shared + Config::kBlock, thread);
+  const int first_head = item.head * a.group, heads = a.num_heads_k * a.group;
+  const char* const q_base = a.q.at(0, first_head) + 16 * chunk;
+  const char* const dout_base = a.dout.at(0, first_head) + 16 * chunk;
+  const uint32_t to_q = Config::RowTileQ::offset(thread / 8, chunk);
+  const uint32_t to_dout = Config::kDout + Config::RowTileDout::offset(thread / 8, chunk);
+  const GroupRow steps(16, a.group);
+  GroupRow row(thread / 8, a.group), ahead = row;
+  int tokens[kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    tokens[pass] = ahead.token(a, item);
+    ahead.advance(steps, a.group);
+  }
   for (int first = 0; first < num_rows; first += Config::kRows) {
     device::barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
     const uint32_t stage = ring.data();
 #pragma unroll
-    for (int pass = 0; pass < Config::kRows / 16; ++pass) {
-      const int r = 16 * pass + thread / 8;
-      const GatheredRow row(tokens, first + r, num_rows, item.head, a.group);
-      const char* q = a.q.at(row.token, row.head) + 16 * chunk;
-      const char* dout = a.dout.at(row.token, row.head) + 16 * chunk;
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const bool real = tokens[pass] >= 0;
+      const int token = max(tokens[pass], 0);
+      const char* q = q_base + (a.q.row_offset(token) + row.head * a.q.head_bytes);
+      const char* dout = dout_base + (a.dout.row_offset(token) + row.head * a.dout.head_bytes);
 #pragma unroll
       for (int c = 0; c < Config::kDk / 64; ++c) {
-        device::copy16_async(stage + Config::RowTileQ::offset(r, chunk) + c * Config::RowTileQ::kBoxBytes, q + 128 * c,
-                             row.real);
+        device::copy16_async(stage + to_q + pass * 16 * Config::RowTileQ::kRowBytes + c * Config::RowTileQ::kBoxBytes,
+                             q + 128 * c, real);
       }
 #pragma unroll
       for (int c = 0; c < Config::kDv / 64; ++c) {
         device::copy16_async(
-            stage + Config::kDout + Config::RowTileDout::offset(r, chunk) + c * Config::RowTileDout::kBoxBytes,
-            dout + 128 * c, row.real);
+            stage + to_dout + pass * 16 * Config::RowTileDout::kRowBytes + c * Config::RowTileDout::kBoxBytes,
+            dout + 128 * c, real);
       }
+      const int r = 16 * pass + thread / 8;
       if (chunk == 0) {  // rows that don't exist become zeros everywhere, and so does what they add
-        const cuda::RowStats* stats = a.stats + static_cast<int64_t>(row.token) * heads + row.head;
-        device::copy_small_async<8>(stage + Config::kStats + 8 * r, stats, row.real);
-        device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + row.token, row.real);
+        const cuda::RowStats* stats = a.stats + (static_cast<int64_t>(token) * heads + first_head + row.head);
+        device::copy_small_async<8>(stage + Config::kStats + 8 * r, stats, real);
+      } else if (chunk == 1) {
+        device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + token, real);
       }
+      row.advance(steps, a.group);
+      tokens[pass] = ahead.token(a, item);
+      ahead.advance(steps, a.group);
     }
     device::barrier_arrive_after_copies(ring.full(ring.stage));
     ring.advance();
   }
 }
 
-// One stage of query rows, by one warpgroup.
+// The same with rows by TMA: a warp brings 16 rows of every stage. Its lanes know one row each, twice: lanes 0 .. 15
+// copy the row's {lse2, delta}, lanes 16 .. 31 its last key. Tokens are read two stages ahead, since a stage costs a
+// warp no more than a few hundred cycles.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, uint32_t stage, int key, bool masked,
-                                       int half, int lane, device::KeySums<Config>& sums) {
+__device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMaps& maps, const Item& item,
+                                              RowRing<Config>& ring, int num_rows, int warp, int lane) {
+  if (warp >= Config::kBoxWarps) return;
+  copy_block<Config, 32 * Config::kBoxWarps>(a, item, ring.shared + Config::kBlock, 32 * warp + lane);
+  const int first_head = item.head * a.group, heads = a.num_heads_k * a.group;
+  const int r = 16 * warp + lane % 16;
+  const GroupRow steps(Config::kRows, a.group);
+  GroupRow row(r, a.group), ahead = row;
+  int token = ahead.token(a, item);
+  ahead.advance(steps, a.group);
+  int next = ahead.token(a, item);
+  for (int first = 0; first < num_rows; first += Config::kRows) {
+    ahead.advance(steps, a.group);
+    const int after_next = ahead.token(a, item);
+    const bool real = token >= 0;
+    const int from = max(token, 0), head = first_head + row.head;
+    device::barrier_wait(ring.empty(ring.stage), ring.phase ^ 1);
+    const uint32_t stage = ring.data(), full = ring.full(ring.stage);
+    if (lane == 0) device::barrier_arrive_expect(full, 16 * 2 * (Config::kDk + Config::kDv));
+    const int box_head = real ? head : heads;  // a box past the last head is zeros
+    for (int i = 0; i < 16; i += maps.box_heads) {
+      const int box_token = __shfl_sync(device::kFullWarp, from, i);
+      const int at_head = __shfl_sync(device::kFullWarp, box_head, i);
+      if (lane == 0) {
+        const uint32_t to = stage + (16 * warp + i) * Config::RowTileQ::kRowBytes;
+        device::copy_queries<Config::kDk, Config::kRows>(to, &maps.q, full, a.q, box_token, at_head);
+        device::copy_queries<Config::kDv, Config::kRows>(to + Config::kDout, &maps.dout, full, a.dout, box_token,
+                                                         at_head);
+      }
+    }
+    if (lane < 16) {  // rows that don't exist become zeros here too
+      device::copy_small_async<8>(stage + Config::kStats + 8 * r, a.stats + (static_cast<int64_t>(from) * heads + head),
+                                  real);
+    } else {
+      device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
+    }
+    device::barrier_arrive_after_copies(full);
+    ring.advance();
+    row.advance(steps, a.group);
+    token = next;
+    next = after_next;
+  }
+}
+
+__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+
+// A warpgroup's stages. Its products run while it works on registers:
+//   S | dP beside P | dS | dV and dK beside the wait for the next stage, and its S behind them
+// dP starts when dV and dK are done: it takes the registers of their operands. dV beside dS would need 16 more than
+// there are with (128, 128) (C7512); that time is the other warpgroup's.
+template <typename Config>
+__device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+                                       int num_rows, int warp, int lane, device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
-  constexpr int kRows = Config::kRows;
+  constexpr int kRows = Config::kRows, kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
+  const int warpgroup = warp / 4, half = Config::kSplit == 2 ? warpgroup : 0;
+  const uint32_t block = ring.shared + Config::kBlock;
+  const uint32_t dv_rows = Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes;
+  const uint32_t dk_rows = half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes;
+  const int key = first_key + 16 * (warp % 4) + lane / 4;
   float p[kRows / 8][4], ds[kRows / 8][4];
-  device::fence_shared_for_wgmma();
-  device::wgmma_fence();
-  device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
-  device::start_transposed<Element, Config::kDv, kRows>(ds, block + Config::kValues, stage + Config::kDout);
-  device::wgmma_commit();
-  device::wgmma_wait<0>();
-  device::hold(p);
-  device::hold(ds);
-  device::key_probabilities(p, ds, stage + Config::kStats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
   uint32_t p_operand[kRows / 16][4], ds_operand[kRows / 16][4];
-  device::round_to_operand<Element, kRows>(p_operand, p);
-  device::round_to_operand<Element, kRows>(ds_operand, ds);
-  device::hold(sums.dv);
-  device::hold(sums.dk);
-  device::wgmma_fence();
-  device::start_columns<Element, kRows, Config::kDvColumns>(
-      sums.dv, p_operand, stage + Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes);
-  device::start_columns<Element, kRows, Config::kDkColumns>(
-      sums.dk, ds_operand, stage + half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes);
-  device::wgmma_commit();
+  int last = -1;  // stage
+  const int first = kStep == 2 ? warpgroup * kRows : 0;
+  if (first >= num_rows)
+    return;  // ptxas serialises the products where zeros of no loop meet their sums before the wait
+  if (first > 0) ring.advance();
+  for (int row = first; row < num_rows; row += kStep * kRows) {
+    device::barrier_wait(ring.full(ring.stage), ring.phase);
+    const uint32_t stage = ring.data(), stats = stage + Config::kStats;
+    device::fence_shared_for_wgmma();
+    device::wgmma_fence();
+    device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
+    device::wgmma_commit();
+    device::wgmma_wait<1>();
+    if (last >= 0) device::arrive_for_warp(ring.empty(last), lane);  // the last stage of all isn't filled again
+    device::wgmma_fence();
+    device::start_transposed<Element, Config::kDv, kRows>(ds, block + Config::kValues, stage + Config::kDout);
+    device::wgmma_commit();
+    // rows ascend, and so do their last keys: when the first row sees the whole block, all do
+    const bool masked = device::load_shared(stage + Config::kLastKeys) < last_key;
+    device::wgmma_wait<1>();
+    device::hold(p);
+    device::key_probabilities(p, stats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
+    device::wgmma_wait<0>();
+    device::hold(ds);
+    device::key_gradients(p, ds, stats, lane);
+    device::round_to_operand<Element, kRows>(p_operand, p);
+    device::round_to_operand<Element, kRows>(ds_operand, ds);
+    device::wgmma_fence();
+    device::start_columns<Element, kRows, Config::kDvColumns>(sums.dv, p_operand, stage + dv_rows);
+    device::start_columns<Element, kRows, Config::kDkColumns>(sums.dk, ds_operand, stage + dk_rows);
+    device::wgmma_commit();
+    last = ring.stage;
+    ring.advance(kStep);
+  }
   device::wgmma_wait<0>();
   device::hold(sums.dv);
   device::hold(sums.dk);
 }
 
-__device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-
 template <typename Config>
 __device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
                                         int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
-  const int half = Config::kSplit == 2 ? warpgroup : 0;
-  const uint32_t block = ring.shared + Config::kBlock;
-  const int first = 16 * (warp % 4);  // key of the item
   device::KeySums<Config> sums;
   sums.reset();
-  int turn = 0;
-  for (int row = 0; row < num_rows; row += Config::kRows) {
-    device::barrier_wait(ring.full(ring.stage), ring.phase);
-    if (Config::kSplit == 2 || turn == warpgroup) {
-      // rows ascend, and so do their last keys: when the first row sees the whole block, all do
-      const bool masked = device::load_shared(ring.data() + Config::kLastKeys) < last_key;
-      attend<Config>(a, block, ring.data(), first_key + first + lane / 4, masked, half, lane, sums);
-    }
-    turn ^= 1;
-    __syncwarp();
-    if (lane == 0) device::barrier_arrive(ring.empty(ring.stage));
-    ring.advance();
-  }
+  attend<Config>(a, first_key, last_key, ring, num_rows, warp, lane, sums);
   if constexpr (Config::kSplit == 1) {
-    const uint32_t at = block + (warp % 4) * Config::kSumBytes + 16 * lane;
+    const uint32_t at = ring.shared + Config::kBlock + (warp % 4) * Config::kSumBytes + 16 * lane;
     sync_consumers();
     if (warpgroup == 1) sums.leave(at);
     sync_consumers();
     if (warpgroup == 1) return;
     sums.add(at);
   }
-  device::store_sums<Config>(a, device::fetch_item(ring.shared + Config::kItem), first, half, lane, sums);
+  device::store_sums<Config>(a, device::fetch_item(ring.shared + Config::kItem), 16 * (warp % 4),
+                             Config::kSplit == 2 ? warpgroup : 0, lane, sums);
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_constant__ BackwardArgs a, int stages) {
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ RowMaps maps, int stages) {
   extern __shared__ __align__(1024) char shared_memory[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   Item item;
   if (!device::find_item<Config::kKeys>(a, lane, item)) return;
   RowRing<Config> ring = {device::shared_address(shared_memory), stages};
   if (threadIdx.x == 0) {
-    ring.init();
+    ring.init(maps.box_heads > 0);
     device::leave_item(item, ring.shared + Config::kItem);
   }
   __syncthreads();
   const int num_rows = item.entries * a.group;
   if (warp >= Config::kConsumers / 32) {
     device::give_registers<Config::kProducerRegisters>();
-    if (num_rows > 0) produce<Config>(a, item, ring, num_rows);
+    if (num_rows > 0 && maps.box_heads > 0) {
+      produce_boxes<Config>(a, maps, item, ring, num_rows, warp - Config::kConsumers / 32, lane);
+    } else if (num_rows > 0) {
+      produce<Config>(a, item, ring, num_rows);
+    }
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, item.first_key, item.first_key + item.keys - 1, ring, num_rows, warp, lane);
