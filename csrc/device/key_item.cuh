@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/kernel_args.h"
+#include "device/row_stats.cuh"
 #include "device/tile.cuh"
 
 namespace nsa::device {
@@ -99,7 +100,8 @@ struct KeySums {
 };
 
 // S^T -> P^T and dP^T -> dS^T for 16 keys (this lane: key, key + 8) x kColumns / 8 query rows, in place.
-// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked.
+// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked: where not all is
+// seen, or some gate is negative.
 template <int kColumns>
 __device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t stats,
                                                   uint32_t last_keys, int key, bool masked, float scale_log2,
@@ -115,7 +117,7 @@ __device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], float
       const int2 last = load_shared_pair(last_keys + 4 * row);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (key + 8 * (i / 2) > (i % 2 ? last.y : last.x)) p[n][i] = 0.f;
+        p[n][i] = key + 8 * (i / 2) <= (i % 2 ? last.y : last.x) ? signed_by(delta[i % 2], p[n][i]) : 0.f;
       }
     }
 #pragma unroll

@@ -128,8 +128,9 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, ui
 
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+// unmasked_from: a row needs no mask that sees this key.
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
                                         int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
   const int half = Config::kSplit == 2 ? warpgroup : 0;
@@ -142,7 +143,7 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, in
     device::barrier_wait(ring.full(ring.stage), ring.phase);
     if (Config::kSplit == 2 || turn == warpgroup) {
       // rows ascend, and so do their last keys: when the first row sees the whole block, all do
-      const bool masked = device::load_shared(ring.data() + Config::kLastKeys) < last_key;
+      const bool masked = device::load_shared(ring.data() + Config::kLastKeys) < unmasked_from;
       attend<Config>(a, block, ring.data(), first_key + first + lane / 4, masked, half, lane, sums);
     }
     turn ^= 1;
@@ -179,7 +180,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     if (num_rows > 0) produce<Config>(a, item, ring, num_rows);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(a, item.first_key, item.first_key + item.keys - 1, ring, num_rows, warp, lane);
+    const int unmasked_from = a.negative && *a.negative ? INT_MAX : item.first_key + item.keys - 1;
+    consume<Config>(a, item.first_key, unmasked_from, ring, num_rows, warp, lane);
   }
 }
 
