@@ -41,6 +41,7 @@ class NativeCase:
     seqlens_k: tuple[int, ...] | None = None
     pad: int = 0  # packed: rows past the last sequence, all NaN
     float_gates: bool = False
+    signed_gates: bool = False  # of both signs, and 0 for a tenth of them
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -115,6 +116,9 @@ def make(case: NativeCase, target: Target) -> NativeInputs:
     for branch, lead in (("", lead_k), ("_cmp", lead_cmp), ("_win", lead_k)):
         x["k" + branch], x["v" + branch] = draw(*lead, case.Hkv, case.Dk), draw(*lead, case.Hkv, case.Dv)
     gates = torch.rand(*lead_q, case.Hq, 3, generator=gen, dtype=torch.float64)
+    if case.signed_gates:
+        zero = torch.rand(*gates.shape, generator=gen) < 0.1
+        gates = (3 * gates - 1.5).masked_fill(zero, 0.0)
     x["gates"] = gates.to(torch.float32 if case.float_gates else target.dtype)
     dout = draw(*lead_q, case.Hq, case.Dv)
     if case.pad:

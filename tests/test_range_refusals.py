@@ -155,6 +155,7 @@ VALID: dict[str, Any] = {
     "has_q_offset": False, "q_offset": 0,
 }  # fmt: skip
 Q, K, LSE = (SOMEWHERE, 512, 64, 16), (SOMEWHERE, 256, 32, 16), (SOMEWHERE, 32, 4, 1)
+ABSENT, NO_GATE = (0, 0, 0, 0), (0, 1, 0, 0, 0, 0)
 SELECTION = (16, 4, 1, 2)  # l', n, init, local
 
 
@@ -185,7 +186,7 @@ def test_problem_is_refused(changes: dict[str, Any], message: str):
         lambda: _C.range_forward_workspace(given, True, 1),
         lambda: _C.range_backward_workspace(given, True, True, True, True, 1),
         lambda: _C.range_forward(given, Q, K, K, Q, LSE, 0, 0, 0, 1),
-        lambda: _C.range_backward(given, Q, K, K, Q, LSE, Q, LSE, Q, K, K, 0, 0, 0, 1),
+        lambda: _C.range_backward(given, Q, K, K, Q, LSE, Q, LSE, ABSENT, NO_GATE, Q, K, K, False, 0, 0, 0, 1),
     ):
         with pytest.raises(ValueError, match=message):
             query()
@@ -205,11 +206,18 @@ def test_problem_is_accepted(changes: dict[str, Any]):
 def test_tensor_is_refused():
     given = problem()
     with pytest.raises(ValueError, match=r"v is null; allowed is the address of its \[2, 8, 2, 16\] elements"):
-        _C.range_forward(given, Q, K, (0, 0, 0, 0), Q, LSE, 0, 0, 0, 1)
+        _C.range_forward(given, Q, K, ABSENT, Q, LSE, 0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"o.head_stride is 8 elements; o is written, so 16 or more are allowed"):
         _C.range_forward(given, Q, K, K, (*Q[:3], 8), LSE, 0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"dk.batch_stride is 0 elements; dk is written"):
-        _C.range_backward(given, Q, K, K, Q, LSE, Q, LSE, Q, (SOMEWHERE, 0, 32, 16), K, 0, 0, 0, 1)
+        _C.range_backward(
+            given, Q, K, K, Q, LSE, Q, LSE, ABSENT, NO_GATE, Q, (SOMEWHERE, 0, 32, 16), K, False, 0, 0, 0, 1
+        )  # fmt: skip
+    gate = (SOMEWHERE, 1, *LSE[1:], 0)
+    with pytest.raises(ValueError, match="gate and dlse are both given; allowed is one of them"):
+        _C.range_backward(given, Q, K, K, Q, LSE, Q, LSE, ABSENT, gate, Q, K, K, False, 0, 0, 0, 1)
+    with pytest.raises(ValueError, match="workspace_bytes is 0; this call needs"):  # o isn't needed
+        _C.range_backward(given, Q, K, K, ABSENT, LSE, Q, ABSENT, LSE, gate, Q, K, K, True, 0, 0, 0, 1)
     needed = _C.range_forward_workspace(given, True, 1)
     with pytest.raises(ValueError, match=f"workspace_bytes is 0; this call needs {needed}"):
         _C.range_forward(given, Q, K, K, Q, LSE, 0, 0, 0, 1)

@@ -44,7 +44,12 @@ K = (SOMEWHERE, 8 * 2 * 16, 2 * 16, 16)
 LSE = (SOMEWHERE, 8 * 4, 4, 1)
 ABSENT = (0, 0, 0, 0)
 TENSORS = {"q": Q, "k": K, "v": K, "o": Q, "lse": LSE}
-GRADIENTS = {**TENSORS, "dout": Q, "dlse": LSE, "dq": Q, "dk": K, "dv": K}
+GATE = (SOMEWHERE, FLOAT32, *LSE[1:], 0)
+NO_GATE = (0, FLOAT32, 0, 0, 0, 0)
+GRADIENTS = {
+    **TENSORS, "dout": Q, "dlse": LSE, "delta": ABSENT, "gate": NO_GATE, "dq": Q, "dk": K, "dv": K,
+    "accumulate_dq": False,
+}  # fmt: skip
 
 needs_cuda_build = pytest.mark.skipif(not _C.built_with_cuda(), reason="CPU-only build")
 cpu_only_build = pytest.mark.skipif(_C.built_with_cuda(), reason="build with CUDA kernels")
@@ -160,6 +165,17 @@ def test_tensor_is_refused(changes: dict[str, Any], message: str) -> None:
         ({"lse": ABSENT}, r"lse is null; allowed is the address of its \[2, 8, 4, 1\] elements"),
         ({"dout": ABSENT}, r"dout is null"),
         ({"dlse": (SOMEWHERE + 1, *LSE[1:])}, r"dlse is 0x\w+; allowed is a multiple of 4 bytes"),
+        ({"o": ABSENT}, r"o is null; allowed is the address of its \[2, 8, 4, 16\] elements"),
+        ({"o": ABSENT, "delta": (SOMEWHERE + 2, *LSE[1:])}, r"delta is 0x\w+; allowed is a multiple of 4 bytes"),
+        ({"o": ABSENT, "delta": LSE, "dlse": ABSENT}, r"workspace_bytes is 0; this call needs"),
+        ({"gate": GATE}, r"gate and dlse are both given; allowed is one of them"),
+        ({"dlse": ABSENT, "gate": (SOMEWHERE, 4, *GATE[2:])}, r"gate.dtype is 4; allowed are 0 \(float64\)"),
+        ({"dlse": ABSENT, "gate": (SOMEWHERE + 4, FLOAT64, *GATE[2:])}, r"gate is 0x\w+; allowed is a multiple of 8"),
+        (
+            {"dlse": ABSENT, "gate": (SOMEWHERE, FLOAT32, 2**62, 1, 1, 0)},
+            r"gate has strides \(4611686018427387904, 1, 1\)",
+        ),
+        ({"dlse": ABSENT, "gate": GATE}, r"workspace_bytes is 0; this call needs"),
         ({"dq": (*Q[:3], 15)}, r"dq.head_stride is 15 elements; dq is written"),
         ({"dk": (SOMEWHERE, 0, 32, 16)}, r"dk.batch_stride is 0 elements; dk is written"),
         ({"dv": (SOMEWHERE, 256, -15, 16)}, r"dv.row_stride is -15 elements; dv is written"),

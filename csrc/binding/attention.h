@@ -73,11 +73,15 @@ void forward(const ProblemOf<Operation>& problem, const TensorTuple& q, const Te
 template <typename Operation>
 void backward(const ProblemOf<Operation>& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
               const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout, const TensorTuple& dlse,
-              const TensorTuple& dq, const TensorTuple& dk, const TensorTuple& dv, Address workspace,
-              std::size_t workspace_bytes, Address stream, int num_threads) {
+              const TensorTuple& delta, const GatesTuple& gate, const TensorTuple& dq, const TensorTuple& dk,
+              const TensorTuple& dv, bool accumulate_dq, Address workspace, std::size_t workspace_bytes, Address stream,
+              int num_threads) {
   auto args = with_tensors<typename Operation::Backward>(problem, q, k, v, o, lse);
   args.dout = make_tensor(dout);
   args.dlse = make_tensor(dlse);
+  args.delta = make_tensor(delta);
+  args.gate = make_gates(gate);
+  args.accumulate_dq = accumulate_dq;
   args.dq = make_tensor(dq);
   args.dk = make_tensor(dk);
   args.dv = make_tensor(dv);

@@ -11,15 +11,8 @@
 namespace nsa_binding {
 namespace {
 
-// (address, nsa::Dtype, batch_stride, row_stride, head_stride, branch_stride)
-using GatesTuple = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
 // (nsa::Device, nsa::Dtype, B, Tq, Hq, Dv)
 using SizesTuple = std::tuple<int, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-
-nsa::GateTensor make_gates(const GatesTuple& tuple) {
-  const auto& [address, dtype, batch_stride, row_stride, head_stride, branch_stride] = tuple;
-  return {pointer<void>(address), static_cast<nsa::Dtype>(dtype), batch_stride, row_stride, head_stride, branch_stride};
-}
 
 nsa::GatedSumProblem make_problem(const SizesTuple& tuple) {
   const auto& [device, dtype, batch, rows, num_heads, head_dim] = tuple;
@@ -46,18 +39,14 @@ void forward(const SizesTuple& sizes, const TensorTuple& o_cmp, const TensorTupl
 }
 
 void backward(const SizesTuple& sizes, const TensorTuple& dout, const TensorTuple& o_cmp, const TensorTuple& o_slc,
-              const TensorTuple& o_win, const GatesTuple& gates, const GatesTuple& dgates, const TensorTuple& dbranch,
-              int branch, Address stream, int num_threads) {
+              const TensorTuple& o_win, const GatesTuple& dgates, Address stream, int num_threads) {
   nsa::GatedSumBackward args;
   args.problem = make_problem(sizes);
   args.dout = make_tensor(dout);
   args.o_cmp = make_tensor(o_cmp);
   args.o_slc = make_tensor(o_slc);
   args.o_win = make_tensor(o_win);
-  args.gates = make_gates(gates);
   args.dgates = make_gates(dgates);
-  args.dbranch = make_tensor(dbranch);
-  args.branch = branch;
   run(args, stream, num_threads);
 }
 

@@ -20,6 +20,9 @@ using IndicesTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::
 // (address, is_int64, batch_stride, row_stride, head_stride)
 using CountsTuple = std::tuple<Address, bool, std::int64_t, std::int64_t, std::int64_t>;
 
+// (address, nsa::Dtype, batch_stride, row_stride, head_stride, branch_stride)
+using GatesTuple = std::tuple<Address, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
@@ -28,6 +31,11 @@ T* pointer(Address address) {
 inline nsa::Tensor make_tensor(const TensorTuple& tuple) {
   const auto& [address, batch_stride, row_stride, head_stride] = tuple;
   return {pointer<void>(address), batch_stride, row_stride, head_stride};
+}
+
+inline nsa::GateTensor make_gates(const GatesTuple& tuple) {
+  const auto& [address, dtype, batch_stride, row_stride, head_stride, branch_stride] = tuple;
+  return {pointer<void>(address), static_cast<nsa::Dtype>(dtype), batch_stride, row_stride, head_stride, branch_stride};
 }
 
 // Queries only look whether a tensor is there.

@@ -4,8 +4,10 @@
 
 #include <utility>
 
+#include "common/gates.cuh"
 #include "common/kernel_args.h"
 #include "device/ptx.cuh"
+#include "device/row_stats.cuh"
 
 namespace nsa::cuda {
 namespace {
@@ -15,10 +17,29 @@ using device::kFullWarp;
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+// Of a (row, head), from the sum of dout o. Behind a gate g of any sign, g P stands for P: dV = (g P)^T dO and
+// dS = g P (dP - delta), so that nobody needs g dO.
+__device__ __forceinline__ RowStats stats_of(const StatsInputs& in, int row, int head, float delta, int* negative) {
+  const float lse = *reinterpret_cast<const float*>(in.lse.at(row, head));
+  if (lse == -INFINITY) return {INFINITY, 0.f};  // dead: its dout, dlse and gate may hold anything
+  float lse2 = lse * kLog2e;
+  if (in.dlse.data) delta -= *reinterpret_cast<const float*>(in.dlse.at(row, head));
+  delta = device::with_sign(delta, false);
+  if (in.gate.data) {
+    const float gate = load_gate(in.gate_dtype, in.gate.at(row, head));
+    lse2 -= log2f(fabsf(gate));
+    if (gate < 0.f) {
+      delta = device::with_sign(delta, true);
+      *negative = 1;  // whoever writes it, writes the same
+    }
+  }
+  return {lse2, delta};
+}
+
 // 8 elements a lane: Dv / 8 lanes share a (row, head).
 template <typename Element>
-__global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, TensorArg lse, TensorArg dlse,
-                                                 int total_q, int num_heads, int lanes, RowStats* stats) {
+__global__ void __launch_bounds__(256) row_stats(const __grid_constant__ StatsInputs in, int total_q, int num_heads,
+                                                 int lanes, RowStats* stats, int* negative) {
   const int64_t thread = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   const int64_t item = thread / lanes;
   const int lane = static_cast<int>(thread - item * lanes);
@@ -27,8 +48,8 @@ __global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, Te
   const int row = real ? static_cast<int>(item / num_heads) : 0;
   const int head = real ? static_cast<int>(item - static_cast<int64_t>(row) * num_heads) : 0;
   if (real) {
-    const uint4 a = *reinterpret_cast<const uint4*>(o.at(row, head) + lane * 16);
-    const uint4 b = *reinterpret_cast<const uint4*>(dout.at(row, head) + lane * 16);
+    const uint4 a = *reinterpret_cast<const uint4*>(in.o.at(row, head) + lane * 16);
+    const uint4 b = *reinterpret_cast<const uint4*>(in.dout.at(row, head) + lane * 16);
     const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -37,11 +58,16 @@ __global__ void __launch_bounds__(256) row_stats(TensorArg o, TensorArg dout, Te
     }
   }
   for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kFullWarp, sum, step);
-  if (!real || lane != 0) return;
-  const float value = *reinterpret_cast<const float*>(lse.at(row, head));
-  const bool dead = value == -INFINITY;  // its dout and dlse may hold anything
-  if (dlse.data && !dead) sum -= *reinterpret_cast<const float*>(dlse.at(row, head));
-  stats[item] = {dead ? INFINITY : value * kLog2e, dead ? 0.f : sum};
+  if (real && lane == 0) stats[item] = stats_of(in, row, head, sum, negative);
+}
+
+// The same where delta is known.
+__global__ void __launch_bounds__(256) row_stats_of_delta(const __grid_constant__ StatsInputs in, int total_q,
+                                                          int num_heads, RowStats* stats, int* negative) {
+  const int64_t item = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (item >= static_cast<int64_t>(total_q) * num_heads) return;
+  const int row = static_cast<int>(item / num_heads), head = static_cast<int>(item % num_heads);
+  stats[item] = stats_of(in, row, head, *reinterpret_cast<const float*>(in.delta.at(row, head)), negative);
 }
 
 // One CTA a (list, part of its tile); lists that fit in one item have written dk and dv themselves.
@@ -91,13 +117,22 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_heads, int dv, RowStats* stats,
-                      cudaStream_t stream) {
-  const int lanes = dv / 8;
+                      int* negative, cudaStream_t stream) {
+  constexpr const char* kWhat = "attention backward: delta";
+  if (negative) {
+    const Status status = cuda_status(cudaMemsetAsync(negative, 0, sizeof(int), stream), kWhat);
+    if (!status.ok()) return status;
+  }
+  const int lanes = in.delta.data ? 1 : dv / 8;
   const int64_t threads = static_cast<int64_t>(total_q) * num_heads * lanes;
-  auto* kernel = dtype == Dtype::kBFloat16 ? row_stats<__nv_bfloat16> : row_stats<__half>;
-  kernel<<<static_cast<unsigned>((threads + 255) / 256), 256, 0, stream>>>(in.o, in.dout, in.lse, in.dlse, total_q,
-                                                                           num_heads, lanes, stats);
-  return cuda_status(cudaGetLastError(), "attention backward: delta");
+  const auto blocks = static_cast<unsigned>((threads + 255) / 256);
+  if (in.delta.data) {
+    row_stats_of_delta<<<blocks, 256, 0, stream>>>(in, total_q, num_heads, stats, negative);
+  } else {
+    auto* kernel = dtype == Dtype::kBFloat16 ? row_stats<__nv_bfloat16> : row_stats<__half>;
+    kernel<<<blocks, 256, 0, stream>>>(in, total_q, num_heads, lanes, stats, negative);
+  }
+  return cuda_status(cudaGetLastError(), kWhat);
 }
 
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {

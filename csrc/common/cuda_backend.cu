@@ -186,7 +186,7 @@ BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Insta
   const TilePlan tiles = carve_tiles(p, dq, carver);
   a.plan = tiles.plan;
   a.unions = tiles.unions;
-  a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
+  carve_stats(args, carver, a);
   if (wants_keys(args)) {
     a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
     a.partials = carver.take<float>(a.index.max_partials * p.block_size * (p.head_dim_qk + p.head_dim_v));

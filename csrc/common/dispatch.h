@@ -1,6 +1,7 @@
 // What the backends of the operations share: the GPU, and the kernel that fits it.
 #pragma once
 
+#include "common/gates.cuh"
 #include "common/instances.h"
 
 namespace nsa::cuda {
@@ -56,17 +57,34 @@ void set_backward_arguments(const Call& call, Args& a) {
   a.dk = tensor_arg(call.dk, p, p.seqlen_k, 2);
   a.dv = tensor_arg(call.dv, p, p.seqlen_k, 2);
   a.scale = static_cast<float>(p.softmax_scale);
+  a.accumulate_dq = call.accumulate_dq;
 }
 
-// Fills a.stats; behind set_backward_arguments().
+// The place of a.stats and a.negative.
 template <typename Call, typename Args>
-Status make_stats(const Call& call, const Args& a) {
+void carve_stats(const Call& call, Carver& carver, Args& a) {
+  a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * call.problem.num_heads_q);
+  a.negative = carver.take<int>(1);
+}
+
+// Fills them; behind set_backward_arguments().
+template <typename Call, typename Args>
+Status make_stats(const Call& call, Args& a) {
   const auto& p = call.problem;
+  if (!call.gate.data || a.plan.total_q == 0) a.negative = nullptr;
   if (a.plan.total_q == 0) return {};
-  const StatsInputs inputs = {tensor_arg(call.o, p, p.seqlen_q, 2), a.dout, tensor_arg(call.lse, p, p.seqlen_q, 4),
-                              tensor_arg(call.dlse, p, p.seqlen_q, 4)};
-  return make_row_stats(p.dtype, inputs, a.plan.total_q, static_cast<int>(p.num_heads_q),
-                        static_cast<int>(p.head_dim_v), const_cast<RowStats*>(a.stats), call.stream);
+  const GateTensor& gate = call.gate;
+  StatsInputs in = {};
+  in.o = tensor_arg(call.o, p, p.seqlen_q, 2);
+  in.dout = a.dout;
+  in.lse = tensor_arg(call.lse, p, p.seqlen_q, 4);
+  in.dlse = tensor_arg(call.dlse, p, p.seqlen_q, 4);
+  in.delta = tensor_arg(call.delta, p, p.seqlen_q, 4);
+  in.gate = tensor_arg({gate.data, gate.batch_stride, gate.row_stride, gate.head_stride}, p, p.seqlen_q,
+                       bytes_of_gate(gate.dtype));
+  in.gate_dtype = gate.dtype;
+  return make_row_stats(p.dtype, in, a.plan.total_q, static_cast<int>(p.num_heads_q), static_cast<int>(p.head_dim_v),
+                        const_cast<RowStats*>(a.stats), const_cast<int*>(a.negative), call.stream);
 }
 
 // Whether a backward call asks for gradients of the keys.

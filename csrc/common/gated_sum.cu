@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_backend.h"
+#include "common/gates.cuh"
 #include "common/plan.h"
 #include "device/ptx.cuh"
 
@@ -28,28 +29,13 @@ struct Gates {
   __device__ __forceinline__ char* at(int batch, int row, int head, int branch) const {
     return data + batch * batch_bytes + row * row_bytes + head * head_bytes + branch * branch_bytes;
   }
-  __device__ __forceinline__ float load(int batch, int row, int head, int branch) const {
-    const char* const from = at(batch, row, head, branch);
-    if (dtype == Dtype::kFloat32) return *reinterpret_cast<const float*>(from);
-    if (dtype == Dtype::kBFloat16) return __bfloat162float(*reinterpret_cast<const __nv_bfloat16*>(from));
-    if (dtype == Dtype::kFloat16) return __half2float(*reinterpret_cast<const __half*>(from));
-    return static_cast<float>(*reinterpret_cast<const double*>(from));
-  }
-  __device__ __forceinline__ void store(int batch, int row, int head, int branch, float value) const {
-    char* const to = at(batch, row, head, branch);
-    if (dtype == Dtype::kFloat32) *reinterpret_cast<float*>(to) = value;
-    if (dtype == Dtype::kBFloat16) *reinterpret_cast<__nv_bfloat16*>(to) = __float2bfloat16_rn(value);
-    if (dtype == Dtype::kFloat16) *reinterpret_cast<__half*>(to) = __float2half_rn(value);
-    if (dtype == Dtype::kFloat64) *reinterpret_cast<double*>(to) = value;
-  }
 };
 
 struct GatedArgs {
-  Rows o[3];  // of the branches
-  Rows out;   // forward: o; backward: dbranch, data null: not wanted
-  Rows dout;
-  Gates gates, dgates;  // dgates.data null: not wanted
-  int branch;
+  Rows o[3];            // of the branches; backward: data null: not wanted
+  Rows sum;             // forward: o
+  Rows dout;            // backward
+  Gates gates;          // backward: dgates
   int rows, num_heads;  // of one batch
   int64_t items;        // batch * rows * num_heads
   int chunks;           // of 8 elements
@@ -99,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) sum_forward(const __grid_constant__ 
   if (!item.real) return;
   float gates[3];
 #pragma unroll
-  for (int c = 0; c < 3; ++c) gates[c] = a.gates.load(item.batch, item.row, item.head, c);
+  for (int c = 0; c < 3; ++c) gates[c] = load_gate(a.gates.dtype, a.gates.at(item.batch, item.row, item.head, c));
   for (int chunk = item.lane; chunk < a.chunks; chunk += item.lanes) {
     uint4 packed[3];
 #pragma unroll
@@ -113,7 +99,7 @@ __global__ void __launch_bounds__(kThreads) sum_forward(const __grid_constant__ 
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum[i] += x[i] == 0.f ? 0.f : gates[c] * x[i];
     }
-    *reinterpret_cast<uint4*>(a.out.at(item.batch, item.row, item.head) + 16 * chunk) = pack8<Element>(sum);
+    *reinterpret_cast<uint4*>(a.sum.at(item.batch, item.row, item.head) + 16 * chunk) = pack8<Element>(sum);
   }
 }
 
@@ -122,39 +108,34 @@ __global__ void __launch_bounds__(kThreads) sum_backward(const __grid_constant__
   const Item item(a);
   float sums[3] = {};
   if (item.real) {
-    const float gate = a.out.data ? a.gates.load(item.batch, item.row, item.head, a.branch) : 0.f;
     for (int chunk = item.lane; chunk < a.chunks; chunk += item.lanes) {
       const uint4 packed_dout = load_once(a.dout.at(item.batch, item.row, item.head) + 16 * chunk);
       uint4 packed[3];
-      if (a.dgates.data) {
 #pragma unroll
-        for (int c = 0; c < 3; ++c) packed[c] = load_once(a.o[c].at(item.batch, item.row, item.head) + 16 * chunk);
+      for (int c = 0; c < 3; ++c) {
+        packed[c] = {0, 0, 0, 0};
+        if (a.o[c].data) packed[c] = load_once(a.o[c].at(item.batch, item.row, item.head) + 16 * chunk);
       }
       float dout[8], x[8];
       unpack8<Element>(packed_dout, dout);
-      if (a.dgates.data) {
 #pragma unroll
-        for (int c = 0; c < 3; ++c) {
-          unpack8<Element>(packed[c], x);
+      for (int c = 0; c < 3; ++c) {
+        unpack8<Element>(packed[c], x);
 #pragma unroll
-          for (int i = 0; i < 8; ++i) sums[c] += x[i] == 0.f ? 0.f : x[i] * dout[i];
-        }
-      }
-      if (a.out.data) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = gate * dout[i];
-        *reinterpret_cast<uint4*>(a.out.at(item.batch, item.row, item.head) + 16 * chunk) = pack8<Element>(x);
+        for (int i = 0; i < 8; ++i) sums[c] += x[i] == 0.f ? 0.f : x[i] * dout[i];
       }
     }
   }
-  if (!a.dgates.data) return;
 #pragma unroll
   for (int c = 0; c < 3; ++c) {
     for (int step = item.lanes / 2; step > 0; step /= 2) sums[c] += __shfl_xor_sync(kFullWarp, sums[c], step);
   }
-  if (!item.real || item.lane >= 3) return;
-  const float sum = item.lane == 0 ? sums[0] : item.lane == 1 ? sums[1] : sums[2];
-  a.dgates.store(item.batch, item.row, item.head, item.lane, sum);
+  if (!item.real) return;
+#pragma unroll
+  for (int c = 0; c < 3; ++c) {  // each by a lane of its own
+    if (item.lane == c && a.o[c].data)
+      store_gate(a.gates.dtype, a.gates.at(item.batch, item.row, item.head, c), sums[c]);
+  }
 }
 
 Rows rows_of(const Tensor& tensor) {
@@ -162,7 +143,7 @@ Rows rows_of(const Tensor& tensor) {
 }
 
 Gates gates_of(const GateTensor& gates) {
-  const int64_t bytes = gates.dtype == Dtype::kFloat64 ? 8 : gates.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t bytes = bytes_of_gate(gates.dtype);
   return {static_cast<char*>(gates.data), bytes * gates.batch_stride,  bytes * gates.row_stride,
           bytes * gates.head_stride,      bytes * gates.branch_stride, gates.dtype};
 }
@@ -200,22 +181,18 @@ Status gated_sum(const GatedSumForward& args) {
   a.o[0] = rows_of(args.o_cmp);
   a.o[1] = rows_of(args.o_slc);
   a.o[2] = rows_of(args.o_win);
-  a.out = rows_of(args.o);
+  a.sum = rows_of(args.o);
   a.gates = gates_of(args.gates);
   return launch("gated sum", sum_forward<__nv_bfloat16>, sum_forward<__half>, args.problem.dtype, a, args.stream);
 }
 
 Status gated_sum(const GatedSumBackward& args) {
-  if (!args.dgates.data && !args.dbranch.data) return {};
   GatedArgs a = sizes_of(args.problem);
   a.o[0] = rows_of(args.o_cmp);
   a.o[1] = rows_of(args.o_slc);
   a.o[2] = rows_of(args.o_win);
   a.dout = rows_of(args.dout);
-  a.out = rows_of(args.dbranch);
-  a.gates = gates_of(args.gates);
-  a.dgates = gates_of(args.dgates);
-  a.branch = args.branch;
+  a.gates = gates_of(args.dgates);
   return launch("gated sum backward", sum_backward<__nv_bfloat16>, sum_backward<__half>, args.problem.dtype, a,
                 args.stream);
 }

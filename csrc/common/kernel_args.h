@@ -38,8 +38,10 @@ TensorArg tensor_arg(const Tensor& tensor, const Problem& problem, int64_t rows,
 
 // Of a query row and head, for the backward: one 8-byte load.
 struct RowStats {
-  float lse2;   // lse * log2(e); +inf on dead rows, so that exp2(s - lse2) is 0
-  float delta;  // sum(dout * o) - dlse
+  // (lse - log |gate|) log2(e): exp2(s - lse2) is |gate| P. +inf on dead rows and where the gate is 0.
+  float lse2;
+  // sum(dout * o) - dlse. Its lowest bit: the gate is negative, and so is gate P (device/row_stats.cuh).
+  float delta;
 };
 
 struct ForwardArgs {
@@ -58,9 +60,11 @@ struct BackwardArgs {
   TensorArg q, k, v, dout;
   TensorArg dq, dk, dv;   // data null: not wanted
   const RowStats* stats;  // [total_q, Hq]
+  const int* negative;    // whether the gate of any row is; null: no
   float* partials;        // [max_partials, l', Dk + Dv]
   int num_heads_k, group;
   float scale, scale_log2;
+  bool accumulate_dq;
 };
 
 // Launches one compiled kernel; picks stages for the device's shared memory by itself.
@@ -74,10 +78,15 @@ using BackwardKernel = Status (*)(const BackwardArgs&, const Launch&);
 
 // common/backward_steps.cu
 struct StatsInputs {
-  TensorArg o, dout, lse, dlse;  // dlse.data null: zero
+  TensorArg o, dout, lse;
+  TensorArg dlse;   // data null: zero
+  TensorArg delta;  // data null: found from o and dout, which aren't read else
+  TensorArg gate;   // data null: 1
+  Dtype gate_dtype;
 };
+// *negative becomes 1 where a gate is, else 0; null without gates.
 Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_heads, int dv, RowStats* stats,
-                      cudaStream_t stream);
+                      int* negative, cudaStream_t stream);
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);
 

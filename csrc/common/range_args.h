@@ -19,9 +19,11 @@ struct RangeBackwardArgs {
   TensorArg q, k, v, dout;
   TensorArg dq, dk, dv;   // data null: not wanted
   const RowStats* stats;  // [total_q, Hq]
+  const int* negative;    // whether the gate of any row is; null: no
   float* partials;        // [Hkv, max_partials, keys of a tile, Dk + Dv]
   int num_heads_k, group;
   float scale, scale_log2;
+  bool accumulate_dq;
 };
 
 using RangeForwardKernel = Status (*)(const RangeForwardArgs&, const Launch&);

@@ -21,7 +21,7 @@ RangeBackwardArgs carve_backward(const RangeAttentionBackward& args, Backend fam
   RangeBackwardArgs a = {};
   const RangeTiles tiles = range_tiles(family, true, p.head_dim_qk);
   a.plan = carve_range_plan(p, tiles, carver);
-  a.stats = carver.take<RowStats>(static_cast<int64_t>(a.plan.total_q) * p.num_heads_q);
+  carve_stats(args, carver, a);
   if (wants_keys(args)) {
     const int64_t partials = p.num_heads_k * a.plan.max_partials;
     a.partials = carver.take<float>(partials * 16 * tiles.key_units * (p.head_dim_qk + p.head_dim_v));

@@ -68,16 +68,20 @@ void compute_delta(const Backward<Real>& b, char* scratch) {
                    const RowIndex row = index_of_q(p, q_row);
                    for (std::int64_t head_q = 0; head_q < p.num_heads_q; ++head_q) {
                      if (b.lists.count(q_row, head_q / b.group()) == 0) continue;
-                     kernel.load(p.dtype, address_of(args.o, p.dtype, row, head_q), dim, s.o);
-                     kernel.load(p.dtype, address_of(args.dout, p.dtype, row, head_q), dim, s.d_out);
-                     kernel.multiply({.rows = 1,
-                                      .columns = 1,
-                                      .depth = dim,
-                                      .a = s.d_out,
-                                      .b = s.o,
-                                      .b_depth = 1,
-                                      .c = s.delta,
-                                      .c_row = 1});
+                     if (args.delta.data) {
+                       *s.delta = static_cast<const Real*>(args.delta.data)[offset_of(args.delta, row, head_q)];
+                     } else {
+                       kernel.load(p.dtype, address_of(args.o, p.dtype, row, head_q), dim, s.o);
+                       kernel.load(p.dtype, address_of(args.dout, p.dtype, row, head_q), dim, s.d_out);
+                       kernel.multiply({.rows = 1,
+                                        .columns = 1,
+                                        .depth = dim,
+                                        .a = s.d_out,
+                                        .b = s.o,
+                                        .b_depth = 1,
+                                        .c = s.delta,
+                                        .c_row = 1});
+                     }
                      if (args.dlse.data)
                        *s.delta -= static_cast<const Real*>(args.dlse.data)[offset_of(args.dlse, row, head_q)];
                      b.delta[q_row * p.num_heads_q + head_q] = *s.delta;

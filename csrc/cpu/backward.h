@@ -1,8 +1,10 @@
-// What the passes of the backward share. With P = exp(scale Q K^T - lse), dP = dO V^T and delta = rowsum(dO o) - dlse:
+// What the passes of the backward share. With P = gate exp(scale Q K^T - lse), dP = dO V^T and delta = rowsum(dO o) -
+// dlse (one of gate and dlse is absent):
 //   dS = scale P (dP - delta),   dQ = dS K,   dK = dS^T Q,   dV = P^T dO.
 #pragma once
 
 #include "cpu/block_lists.h"
+#include "cpu/gates.h"
 #include "cpu/inverted_index.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_keys.h"

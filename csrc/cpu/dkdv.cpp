@@ -22,6 +22,7 @@ struct KeyTileScratch {
   Real* d_scores = nullptr;                          // [rows, keys] dP, then dS
   Real* lse = nullptr;                               // [rows]
   Real* delta = nullptr;                             // [rows]
+  Real* gate = nullptr;                              // [rows]
   std::int64_t* visible = nullptr;                   // [rows] keys of the tile that the row sees
   Real* dk = nullptr;                                // [keys, Dk]
   Real* dv = nullptr;                                // [keys, Dv]
@@ -38,6 +39,7 @@ struct KeyTileScratch {
     s.d_scores = carver.take<Real>(rows * s.score_row);
     s.lse = carver.take<Real>(rows);
     s.delta = carver.take<Real>(rows);
+    s.gate = carver.take<Real>(rows);
     s.visible = carver.take<std::int64_t>(rows);
     s.dk = carver.take<Real>(kTileKeys * s.q_row);
     s.dv = carver.take<Real>(kTileKeys * s.o_row);
@@ -72,6 +74,7 @@ std::int64_t load_queries(const Backward<Real>& b, const KeyTile& tile, const st
       kernel.load(p.dtype, address_of(b.args.dout, p.dtype, index, head_q), p.head_dim_v, s.d_out + rows * s.o_row);
       s.lse[rows] = b.lse(index, head_q);
       s.delta[rows] = b.delta[q_row * p.num_heads_q + head_q];
+      s.gate[rows] = gate_of<Real>(b.args, index, head_q);
       s.visible[rows] = std::min(seen_end, tile.keys.end) - tile.keys.begin;
     }
   }
@@ -106,6 +109,7 @@ void sum_over_queries(const Backward<Real>& b, const KeyTile& tile, const KeyTil
                             .row_stride = s.score_row,
                             .lse = s.lse,
                             .delta = s.delta,
+                            .gate = s.gate,
                             .end = s.visible});
     // Transposed: a row of the product is a column of the scores.
     Product<Real> product{.rows = keys, .depth = rows, .a_row = 1, .a_depth = s.score_row, .accumulate = true};

@@ -15,13 +15,20 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
   const SelectedAttentionProblem& p = b.problem;
   const std::int64_t group = b.group();
   const RowIndex row = index_of_q(p, q_row);
-  std::fill(s.sum_q, s.sum_q + group * s.q_row, Real{0});
+  for (std::int64_t g = 0; g < group; ++g) {
+    Real* const sum = s.sum_q + g * s.q_row;
+    std::fill(sum, sum + s.q_row, Real{0});
+    if (b.args.accumulate_dq) {
+      kernel.load(p.dtype, address_of(b.args.dq, p.dtype, row, head * group + g), p.head_dim_qk, sum);
+    }
+  }
   if (b.lists.count(q_row, head) > 0) {
     for (std::int64_t g = 0; g < group; ++g) {
       const std::int64_t head_q = head * group + g;
       kernel.load(p.dtype, address_of(b.args.q, p.dtype, row, head_q), p.head_dim_qk, s.q + g * s.q_row);
       kernel.load(p.dtype, address_of(b.args.dout, p.dtype, row, head_q), p.head_dim_v, s.d_out + g * s.o_row);
       s.lse[g] = b.lse(row, head_q);
+      s.gate[g] = gate_of<Real>(b.args, row, head_q);
     }
     const Real* const delta = b.delta + q_row * p.num_heads_q + head * group;
     const QueryPlace place = place_query(p, b.sequences, q_row);
@@ -39,6 +46,7 @@ void differentiate(const Backward<Real>& b, std::int64_t q_row, std::int64_t hea
                               .row_stride = s.score_row,
                               .lse = s.lse,
                               .delta = delta,
+                              .gate = s.gate,
                               .end = s.end});
       multiply_by_rows(kernel, group, s.d_scores, s.score_row, b.k_rows, head, s.pieces, num_pieces, s.sum_q, s.q_row);
     }

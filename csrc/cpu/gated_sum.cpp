@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cpu/cpu.h"
+#include "cpu/gates.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/sequences.h"
@@ -12,29 +13,6 @@ namespace {
 constexpr std::int64_t kChunk = 256;    // elements of a row at a time: three of them stay in the L1
 constexpr std::int64_t kGrain = 65536;  // elements that are worth a thread's while
 constexpr int kLanes = 16;              // partial sums, so that a dot product is vectors
-
-// One element of the gates in the compute type.
-template <typename Real>
-Real load_gate(const GateTensor& gates, RowIndex row, std::int64_t head, int branch) {
-  const char* const from = static_cast<const char*>(gates.data) +
-                           (offset_of(gates, row, head) + branch * gates.branch_stride) * bytes_of(gates.dtype);
-  if (gates.dtype == Dtype::kFloat64) return static_cast<Real>(*reinterpret_cast<const double*>(from));
-  float value;
-  kernels<float>().load(gates.dtype, from, 1, &value);
-  return static_cast<Real>(value);
-}
-
-template <typename Real>
-void store_gate(const GateTensor& gates, RowIndex row, std::int64_t head, int branch, Real value) {
-  char* const to = static_cast<char*>(gates.data) +
-                   (offset_of(gates, row, head) + branch * gates.branch_stride) * bytes_of(gates.dtype);
-  if (gates.dtype == Dtype::kFloat64) {
-    *reinterpret_cast<double*>(to) = static_cast<double>(value);
-  } else {
-    const auto rounded = static_cast<float>(value);
-    kernels<float>().store(gates.dtype, &rounded, 1, to);
-  }
-}
 
 // A piece of a row of `tensor` in the compute type.
 template <typename Real>
@@ -97,20 +75,18 @@ void run_backward(const GatedSumBackward& args) {
   const Tensor* const branches[] = {&args.o_cmp, &args.o_slc, &args.o_win};
   for_rows(p, args.num_threads, [&](RowIndex row, std::int64_t head) {
     Real lanes[3][kLanes] = {};
-    const Real gate = args.dbranch.data ? load_gate<Real>(args.gates, row, head, args.branch) : Real{0};
     for (std::int64_t first = 0; first < p.head_dim; first += kChunk) {
       const std::int64_t count = std::min(kChunk, p.head_dim - first);
       Real dout[kChunk], piece[kChunk];
       load_piece(p, args.dout, row, head, first, count, dout);
-      for (int c = 0; c < 3 && args.dgates.data; ++c) {
+      for (int c = 0; c < 3; ++c) {
+        if (!branches[c]->data) continue;
         load_piece(p, *branches[c], row, head, first, count, piece);
         add_products(piece, dout, count, lanes[c]);
       }
-      if (!args.dbranch.data) continue;
-      for (std::int64_t i = 0; i < count; ++i) piece[i] = gate * dout[i];
-      store_piece(p, args.dbranch, row, head, first, count, piece);
     }
-    for (int c = 0; c < 3 && args.dgates.data; ++c) {
+    for (int c = 0; c < 3; ++c) {
+      if (!branches[c]->data) continue;
       Real sum = 0;
       for (const Real lane : lanes[c]) sum += lane;
       store_gate(args.dgates, row, head, c, sum);

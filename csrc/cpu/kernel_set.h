@@ -83,11 +83,12 @@ void score_gradients(const ScoreGradients<Real>& g) {
   for (std::int64_t row = 0; row < g.rows; ++row) {
     Real* const s = g.s + row * g.row_stride;
     Real* const dp = g.dp ? g.dp + row * g.row_stride : nullptr;
-    const Real lse = g.lse[row], delta = g.delta[row];
+    const Real lse = g.lse[row], delta = g.delta[row], gate = g.gate[row];
     const std::int64_t first = g.first ? g.first[row] : 0, end = g.end[row];
     const VectorRange<Real> vectors = first < end ? VectorRange<Real>(first, end) : VectorRange<Real>(0, 0);
     for (std::int64_t i = vectors.first; i < vectors.end; i += kStep) {
-      const Vector<Real> p = lanes_between<Real>(exp<Real>(load_vector(s + i) * g.scale - lse), first - i, end - i, 0);
+      const Vector<Real> weight = gate * exp<Real>(load_vector(s + i) * g.scale - lse);
+      const Vector<Real> p = lanes_between<Real>(weight, first - i, end - i, 0);
       store_vector(s + i, p);
       if (!dp) continue;
       const Vector<Real> ds = p * (load_vector(dp + i) - delta) * g.scale;

@@ -38,8 +38,8 @@ struct SoftmaxStep {
   const std::int64_t *first = nullptr, *end = nullptr;  // [rows]; null: all columns
 };
 
-// P = exp(scale * S - lse), dS = scale * P (dP - delta), in place of S and dP. Columns outside [first[row], end[row])
-// become 0.
+// P = gate * exp(scale * S - lse), dS = scale * P (dP - delta), in place of S and dP. Columns outside [first[row],
+// end[row]) become 0.
 template <typename Real>
 struct ScoreGradients {
   std::int64_t rows = 0, columns = 0;
@@ -49,6 +49,7 @@ struct ScoreGradients {
   std::int64_t row_stride = 0;
   const Real* lse = nullptr;            // [rows]
   const Real* delta = nullptr;          // [rows] rowsum(dO o) - dlse
+  const Real* gate = nullptr;           // [rows]
   const std::int64_t* first = nullptr;  // [rows]; null: 0
   const std::int64_t* end = nullptr;    // [rows]
 };

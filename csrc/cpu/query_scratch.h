@@ -27,7 +27,7 @@ struct QueryScratch {
   Real* d_scores = nullptr;                          // [rows, chunk] dP, then dS
   Real* row_max = nullptr;                           // [rows]; forward
   Real* row_sum = nullptr;                           // [rows]; forward
-  Real* lse = nullptr;                               // [rows]; backward
+  Real *lse = nullptr, *gate = nullptr;              // [rows]; backward
   std::int64_t* first = nullptr;                     // [rows] columns of the chunk that a row sees
   std::int64_t* end = nullptr;                       // [rows]
   KeyPiece* pieces = nullptr;                        // [chunk]
@@ -47,6 +47,7 @@ struct QueryScratch {
     s.end = carver.take<std::int64_t>(rows);
     if (backward) {
       s.lse = carver.take<Real>(rows);
+      s.gate = carver.take<Real>(rows);
       s.d_out = carver.take<Real>(rows * s.o_row);
       s.sum_q = carver.take<Real>(rows * s.q_row);
       s.d_scores = carver.take<Real>(rows * s.score_row);

@@ -47,27 +47,33 @@ std::size_t scratch_bytes(const RangeAttentionProblem& problem, const Ranges& ra
   return std::max(tile.used(), sums.used());
 }
 
-// lse and delta = rowsum(dO o) - dlse of the tile's rows; 0 for dead ones. A product of one row and one column adds up
-// in the order that dP's do: where one key has all the weight (o = v), dP - delta is dlse without a rounding error.
+// lse, gate and delta = rowsum(dO o) - dlse of the tile's rows; 0 for dead ones. A product of one row and one column
+// adds up in the order that dP's do: where one key has all the weight (o = v), dP - delta is dlse without a rounding
+// error.
 template <typename Real>
 void load_row_statistics(const RangeBackward<Real>& b, const RangeTile& tile, const Scratch<Real>& s) {
   const RangeAttentionBackward& args = b.args;
-  load_rows(tile, args.o, b.problem.head_dim_v, s.o, s.tile.o_row);
+  if (!args.delta.data) load_rows(tile, args.o, b.problem.head_dim_v, s.o, s.tile.o_row);
   for (std::int64_t row = 0; row < tile.rows(); ++row) {
     const RowIndex index = tile.index(row);
     const std::int64_t head_q = tile.head_q(row);
     const KeyRange seen = tile.keys(row);
-    kernels<Real>().multiply({.rows = 1,
-                              .columns = 1,
-                              .depth = b.problem.head_dim_v,
-                              .a = s.tile.d_out + row * s.tile.o_row,
-                              .b = s.o + row * s.tile.o_row,
-                              .b_depth = 1,
-                              .c = s.delta + row,
-                              .c_row = 1});
-    s.tile.lse[row] = 0;
+    s.tile.lse[row] = s.tile.gate[row] = s.delta[row] = 0;
     if (seen.begin == seen.end) continue;
     s.tile.lse[row] = static_cast<const Real*>(args.lse.data)[offset_of(args.lse, index, head_q)];
+    s.tile.gate[row] = gate_of<Real>(args, index, head_q);
+    if (args.delta.data) {
+      s.delta[row] = static_cast<const Real*>(args.delta.data)[offset_of(args.delta, index, head_q)];
+    } else {
+      kernels<Real>().multiply({.rows = 1,
+                                .columns = 1,
+                                .depth = b.problem.head_dim_v,
+                                .a = s.tile.d_out + row * s.tile.o_row,
+                                .b = s.o + row * s.tile.o_row,
+                                .b_depth = 1,
+                                .c = s.delta + row,
+                                .c_row = 1});
+    }
     if (args.dlse.data) s.delta[row] -= static_cast<const Real*>(args.dlse.data)[offset_of(args.dlse, index, head_q)];
   }
 }
@@ -103,6 +109,10 @@ void differentiate(const RangeBackward<Real>& b, const RangePiece& piece, const 
   load_rows(tile, b.args.dout, p.head_dim_v, s.d_out, s.o_row);
   load_row_statistics(b, tile, scratch);
   std::fill(s.sum_q, s.sum_q + rows * s.q_row, Real{0});
+  for (std::int64_t row = 0; b.need_dq() && b.args.accumulate_dq && row < rows; ++row) {
+    kernel.load(p.dtype, address_of(b.args.dq, p.dtype, tile.index(row), tile.head_q(row)), p.head_dim_qk,
+                s.sum_q + row * s.q_row);
+  }
   RangeWalk walk(tile.keys());
   std::int64_t num_pieces;
   while (const std::int64_t columns = walk.next(s.chunk, s.pieces, &num_pieces)) {
@@ -120,6 +130,7 @@ void differentiate(const RangeBackward<Real>& b, const RangePiece& piece, const 
                             .row_stride = s.score_row,
                             .lse = s.lse,
                             .delta = scratch.delta,
+                            .gate = s.gate,
                             .first = s.first,
                             .end = s.end});
     const KeyPiece whole{walk.first(), columns, 0};
@@ -193,7 +204,7 @@ void run_backward(const RangeAttentionBackward& args) {
   fill_range_pieces(b.problem, b.ranges, b.pieces);
   pack_ranges<Real>(b.problem, b.ranges, args.k, b.k, b.k_rows, b.num_threads);
   if (b.v.data != nullptr) pack_ranges<Real>(b.problem, b.ranges, args.v, b.v, {}, b.num_threads);
-  if (b.need_dq()) clear_outside_queries(b, scratch_of(0));
+  if (b.need_dq() && !args.accumulate_dq) clear_outside_queries(b, scratch_of(0));
   // The last pieces of a causal mask see the most keys: they go first.
   const std::int64_t count = b.pieces.piece_begin[b.ranges.batch];
   parallel_for(b.num_threads, count * b.problem.num_heads_k, 1, [&](int thread, std::int64_t i, std::int64_t) {

@@ -4,6 +4,7 @@
 // the keys that it sees, one tile after the other, and the pieces' sums are added in ascending order afterwards.
 #pragma once
 
+#include "cpu/gates.h"
 #include "cpu/kernels.h"
 #include "cpu/packed_keys.h"
 #include "cpu/ranges.h"

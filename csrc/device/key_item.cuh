@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/kernel_args.h"
+#include "device/row_stats.cuh"
 #include "device/tile.cuh"
 
 namespace nsa::device {
@@ -99,7 +100,8 @@ struct KeySums {
 };
 
 // S^T -> P^T for 16 keys (this lane: key, key + 8) x 8 kColumns query rows, in place.
-// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked.
+// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked: where not all is
+// seen, or some gate is negative.
 template <int kColumns>
 __device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], uint32_t stats, uint32_t last_keys, int key,
                                                   bool masked, float scale_log2, int lane) {
@@ -114,11 +116,12 @@ __device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], uint3
   if (!masked) return;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
+    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
     const int2 last = load_shared_pair(last_keys + 4 * (8 * n + row));
+    const float delta[2] = {two.y, two.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (key + 8 * (i / 2) > (i % 2 ? last.y : last.x)) p[n][i] = 0.f;
-    }
+    for (int i = 0; i < 4; ++i)
+      p[n][i] = key + 8 * (i / 2) <= (i % 2 ? last.y : last.x) ? signed_by(delta[i % 2], p[n][i]) : 0.f;
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "common/kernel_args.h"
 #include "device/block_walk.cuh"
+#include "device/row_stats.cuh"
 #include "device/runs.cuh"
 #include "device/tile.cuh"
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/range_args.h"
+#include "device/row_stats.cuh"
 #include "device/runs.cuh"
 #include "device/tile.cuh"
 
@@ -196,7 +197,8 @@ struct RowVisibility {
 };
 
 // S^T -> P^T and dP^T -> dS^T for 16 keys (this lane: two of them) x 8 kColumns query rows, in place; the rows follow
-// `first_row` of the item. stats: {lse2, delta} of the first row, 8 bytes a row.
+// `first_row` of the item. stats: {lse2, delta} of the first row, 8 bytes a row. masked: not all is seen, or some gate
+// is negative.
 template <int kColumns>
 __device__ __forceinline__ void range_probabilities(float (&p)[kColumns][4], uint32_t stats, int first_row,
                                                     const RowVisibility& sees, bool masked, float scale_log2,
@@ -211,7 +213,7 @@ __device__ __forceinline__ void range_probabilities(float (&p)[kColumns][4], uin
     if (masked) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!sees.sees(i / 2, first_row + row + i % 2)) p[n][i] = 0.f;
+        p[n][i] = sees.sees(i / 2, first_row + row + i % 2) ? signed_by(i % 2 ? two.w : two.y, p[n][i]) : 0.f;
       }
     }
   }

@@ -170,39 +170,68 @@ __device__ __forceinline__ void clear(T (&acc)[kColumns][4]) {
   }
 }
 
-// Writes one of a lane's two rows of an accumulator, scaled; `to` is the row's first element.
+// Writes one of a lane's two rows of an accumulator, scaled; `to` is the row's first element. With `add` it is added to
+// what stands there, all of which is read before: one trip to memory.
 template <typename Element, int kColumns>
 __device__ __forceinline__ void store_row(char* to, const float (&acc)[kColumns / 8][4], int half, float scale,
-                                          int lane) {
+                                          int lane, bool add = false) {
+  auto* const at = reinterpret_cast<uint32_t*>(to) + (lane & 3);
+  uint32_t old[kColumns / 8];
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) old[n] = add ? at[4 * n] : 0;
 #pragma unroll
   for (int n = 0; n < kColumns / 8; ++n) {
-    *reinterpret_cast<uint32_t*>(to + 16 * n + 4 * (lane & 3)) =
-        Half<Element>::pack(acc[n][2 * half] * scale, acc[n][2 * half + 1] * scale);
+    float2 sum = {acc[n][2 * half] * scale, acc[n][2 * half + 1] * scale};
+    if (add) {
+      const float2 pair = Half<Element>::unpack(old[n]);
+      sum = {sum.x + pair.x, sum.y + pair.y};
+    }
+    at[4 * n] = Half<Element>::pack(sum.x, sum.y);
   }
 }
 
-// The same in 16-byte pieces, which the four lanes of a row first trade; every lane of the warp calls it.
-template <typename Element, int kColumns>
-__device__ __forceinline__ void store_row_wide(char* to, bool real, const float (&acc)[kColumns / 8][4], int half,
-                                               float scale, int lane) {
+// 4 x 4 words of the four lanes of a row, turned round: its own inverse. Every lane of the warp calls it.
+__device__ __forceinline__ void transpose_words(uint32_t (&x)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
 #pragma unroll
-  for (int n = 0; n < kColumns / 8; n += 4) {
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? x[i] : x[i + 1], 1);
+    (odd ? x[i] : x[i + 1]) = other;
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(kFullWarp, high ? x[i] : x[i + 2], 2);
+    (high ? x[i] : x[i + 2]) = other;
+  }
+}
+
+// store_row() in 16-byte pieces, which the four lanes of a row first trade; every lane of the warp calls it.
+template <typename Element, int kColumns>
+__device__ __forceinline__ void store_row_wide(char* to, bool real, const float (&acc)[kColumns / 8][4], int half,
+                                               float scale, int lane, bool add = false) {
+  uint4* const at = reinterpret_cast<uint4*>(to + 16 * (lane & 3));
+  uint4 old[kColumns / 32];
+#pragma unroll
+  for (int n = 0; n < kColumns / 32; ++n) old[n] = add && real ? at[4 * n] : uint4{0, 0, 0, 0};
+#pragma unroll
+  for (int n = 0; n < kColumns / 32; ++n) {
+    float2 sums[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = {acc[4 * n + i][2 * half] * scale, acc[4 * n + i][2 * half + 1] * scale};
     uint32_t x[4];
+    if (add) {
+      x[0] = old[n].x, x[1] = old[n].y, x[2] = old[n].z, x[3] = old[n].w;
+      transpose_words(x, lane);
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      x[i] = Half<Element>::pack(acc[n + i][2 * half] * scale, acc[n + i][2 * half + 1] * scale);
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      const uint32_t other = __shfl_xor_sync(kFullWarp, odd ? x[i] : x[i + 1], 1);
-      (odd ? x[i] : x[i + 1]) = other;
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = Half<Element>::unpack(x[i]);
+        sums[i] = {sums[i].x + pair.x, sums[i].y + pair.y};
+      }
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t other = __shfl_xor_sync(kFullWarp, high ? x[i] : x[i + 2], 2);
-      (high ? x[i] : x[i + 2]) = other;
-    }
-    if (real) *reinterpret_cast<uint4*>(to + 16 * n + 16 * (lane & 3)) = {x[0], x[1], x[2], x[3]};
+    for (int i = 0; i < 4; ++i) x[i] = Half<Element>::pack(sums[i].x, sums[i].y);
+    transpose_words(x, lane);
+    if (real) at[4 * n] = {x[0], x[1], x[2], x[3]};
   }
 }
 

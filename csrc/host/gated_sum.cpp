@@ -60,13 +60,7 @@ Status check_sizes(const GatedSumProblem& p) {
 }
 
 Status check_gates(const char* name, const GatedSumProblem& p, const GateTensor& gates, Access access) {
-  if (gates.dtype < Dtype::kFloat64 || gates.dtype > Dtype::kFloat16) {
-    return invalid_argument("%s.dtype is %d; allowed are 0 (float64), 1 (float32), 2 (bfloat16) and 3 (float16)", name,
-                            static_cast<int>(gates.dtype));
-  }
-  const std::int64_t bytes = size_of(gates.dtype);
-  const Tensor first = {gates.data, gates.batch_stride, gates.row_stride, gates.head_stride};
-  NSA_RETURN_IF_ERROR(check_view({name, first, p.batch, p.rows, p.num_heads, 1, bytes, bytes, access}));
+  NSA_RETURN_IF_ERROR(check_gate(name, gates, p.batch, p.rows, p.num_heads, access));
   std::int64_t reach = 1;
   if (add_reach(kBranches, gates.branch_stride, &reach) && reach < std::numeric_limits<std::int64_t>::max() / 16 &&
       (access == Access::kRead || gates.branch_stride != 0)) {
@@ -100,18 +94,10 @@ Status validate(const GatedSumBackward& args) {
   NSA_RETURN_IF_ERROR(check_sizes(p));
   NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
   NSA_RETURN_IF_ERROR(check_tensor("dout", p, args.dout, Access::kRead));
-  if (args.dgates.data) {
-    NSA_RETURN_IF_ERROR(check_tensor("o_cmp", p, args.o_cmp, Access::kRead));
-    NSA_RETURN_IF_ERROR(check_tensor("o_slc", p, args.o_slc, Access::kRead));
-    NSA_RETURN_IF_ERROR(check_tensor("o_win", p, args.o_win, Access::kRead));
-    NSA_RETURN_IF_ERROR(check_gates("dgates", p, args.dgates, Access::kWritten));
-  }
-  if (!args.dbranch.data) return {};
-  if (args.branch < 0 || args.branch >= kBranches) {
-    return invalid_argument("branch is %d; allowed are 0 (compressed), 1 (selected) and 2 (window)", args.branch);
-  }
-  NSA_RETURN_IF_ERROR(check_gates("gates", p, args.gates, Access::kRead));
-  return check_tensor("dbranch", p, args.dbranch, Access::kWritten);
+  if (args.o_cmp.data) NSA_RETURN_IF_ERROR(check_tensor("o_cmp", p, args.o_cmp, Access::kRead));
+  if (args.o_slc.data) NSA_RETURN_IF_ERROR(check_tensor("o_slc", p, args.o_slc, Access::kRead));
+  if (args.o_win.data) NSA_RETURN_IF_ERROR(check_tensor("o_win", p, args.o_win, Access::kRead));
+  return check_gates("dgates", p, args.dgates, Access::kWritten);
 }
 
 template <typename Arguments>

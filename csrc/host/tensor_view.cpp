@@ -55,4 +55,15 @@ Status check_view(const View& view) {
   return {};
 }
 
+Status check_gate(const char* name, const GateTensor& gate, std::int64_t batch, std::int64_t rows, std::int64_t heads,
+                  Access access) {
+  if (gate.dtype < Dtype::kFloat64 || gate.dtype > Dtype::kFloat16) {
+    return invalid_argument("%s.dtype is %d; allowed are 0 (float64), 1 (float32), 2 (bfloat16) and 3 (float16)", name,
+                            static_cast<int>(gate.dtype));
+  }
+  const std::int64_t bytes = size_of(gate.dtype);
+  const Tensor tensor = {gate.data, gate.batch_stride, gate.row_stride, gate.head_stride};
+  return check_view({name, tensor, batch, rows, heads, 1, bytes, bytes, access});
+}
+
 }  // namespace nsa

@@ -31,6 +31,9 @@ class Shapes {
     const std::int64_t bytes = problem_.dtype == Dtype::kFloat64 ? 8 : 4;
     return {name, tensor, batch_, problem_.seqlen_q, problem_.num_heads_q, 1, bytes, bytes, access};
   }
+  Status check_gate(const char* name, const GateTensor& gate) const {
+    return nsa::check_gate(name, gate, batch_, problem_.seqlen_q, problem_.num_heads_q, Access::kRead);
+  }
 
  private:
   View make(const char* name, const Tensor& tensor, std::int64_t rows, std::int64_t heads, std::int64_t dim,
@@ -88,10 +91,18 @@ Status check_backward(const Backward& args) {
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
-  NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kRead)));
+  if (args.delta.data) {
+    NSA_RETURN_IF_ERROR(check_view(shapes.lse("delta", args.delta, Access::kRead)));
+  } else {
+    NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kRead)));
+  }
   NSA_RETURN_IF_ERROR(check_view(shapes.lse("lse", args.lse, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.o("dout", args.dout, Access::kRead)));
   if (args.dlse.data) NSA_RETURN_IF_ERROR(check_view(shapes.lse("dlse", args.dlse, Access::kRead)));
+  if (args.gate.data) {
+    if (args.dlse.data) return invalid_argument("gate and dlse are both given; allowed is one of them");
+    NSA_RETURN_IF_ERROR(shapes.check_gate("gate", args.gate));
+  }
   if (args.dq.data) NSA_RETURN_IF_ERROR(check_view(shapes.q("dq", args.dq, Access::kWritten)));
   if (args.dk.data) NSA_RETURN_IF_ERROR(check_view(shapes.k("dk", args.dk, Access::kWritten)));
   if (args.dv.data) NSA_RETURN_IF_ERROR(check_view(shapes.v("dv", args.dv, Access::kWritten)));

@@ -5,6 +5,7 @@
 TensorTuple = tuple[int, int, int, int]  # address, batch_stride, row_stride, head_stride
 IndicesTuple = tuple[int, bool, int, int, int, int]  # address, is_int64, batch, row, head and entry stride
 CountsTuple = tuple[int, bool, int, int, int]  # address, is_int64, batch, row and head stride
+GatesTuple = tuple[int, int, int, int, int, int]  # address, nsa::Dtype, batch, row, head and branch stride
 
 class Problem:
     def __init__(
@@ -61,9 +62,12 @@ def backward(
     lse: TensorTuple,
     dout: TensorTuple,
     dlse: TensorTuple,
+    delta: TensorTuple,
+    gate: GatesTuple,
     dq: TensorTuple,
     dk: TensorTuple,
     dv: TensorTuple,
+    accumulate_dq: bool,
     workspace: int,
     workspace_bytes: int,
     stream: int,
@@ -71,7 +75,6 @@ def backward(
     /,
 ) -> None: ...
 
-GatesTuple = tuple[int, int, int, int, int, int]  # address, nsa::Dtype, batch, row, head and branch stride
 GatedSizesTuple = tuple[int, int, int, int, int, int]  # nsa::Device, nsa::Dtype, B, Tq, Hq, Dv
 
 def gated_sum_forward(
@@ -91,10 +94,7 @@ def gated_sum_backward(
     o_cmp: TensorTuple,
     o_slc: TensorTuple,
     o_win: TensorTuple,
-    gates: GatesTuple,
     dgates: GatesTuple,
-    dbranch: TensorTuple,
-    branch: int,
     stream: int,
     num_threads: int,
     /,
@@ -154,9 +154,12 @@ def range_backward(
     lse: TensorTuple,
     dout: TensorTuple,
     dlse: TensorTuple,
+    delta: TensorTuple,
+    gate: GatesTuple,
     dq: TensorTuple,
     dk: TensorTuple,
     dv: TensorTuple,
+    accumulate_dq: bool,
     workspace: int,
     workspace_bytes: int,
     stream: int,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nsa_cuda._checks import lse_dtype
 from nsa_cuda._ops import (
     _DEVICES,
     _DTYPES,
-    _address,
+    _gates,
     _loadable,
     _on_device,
     _stream,
@@ -25,18 +26,12 @@ define_operators(
     # o_* [B, Tq, Hq, Dv] or [total_q, Hq, Dv] of one dtype, gates [.., Hq, 3] of any floating dtype and strides -> o.
     # Added in float32 (float64 for float64) and rounded once. Where o_c is 0, as on dead rows, g_c may hold anything.
     "gated_sum_forward(Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates) -> Tensor",
-    # dgates_c = sum over Dv of dout o_c, in the gates' dtype; dbranch = g_branch dout, empty where branch is None.
-    "gated_sum_backward(Tensor dout, Tensor o_cmp, Tensor o_slc, Tensor o_win, Tensor gates, int? branch=None) "
-    "-> (Tensor dgates, Tensor dbranch)",
-    # g_branch dout: the gradient of one branch's output (0 compressed, 1 selected, 2 window).
-    "scale_gradient(Tensor dout, Tensor gates, int branch) -> Tensor",
+    # dgates_c = sum over Dv of dout o_c, in float32 (float64 for float64). The column of an absent o_c isn't written.
+    "gated_sum_backward(Tensor dout, Tensor? o_cmp, Tensor? o_slc, Tensor? o_win) -> Tensor",
 )
 
 gated_sum_forward = torch.ops.nsa_cuda.gated_sum_forward.default
 gated_sum_backward = torch.ops.nsa_cuda.gated_sum_backward.default
-scale_gradient = torch.ops.nsa_cuda.scale_gradient.default
-
-_ABSENT = (0, 0, 0, 0)
 
 
 def _sizes(x: Tensor) -> tuple[int, ...]:
@@ -44,17 +39,11 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
     return _DEVICES[x.device.type], _DTYPES[x.dtype], batch, *x.shape[-3:]
 
 
-def _gates(x: Tensor | None) -> tuple[int, ...]:
-    if x is None:
-        return 0, 1, 0, 0, 0, 0
-    strides = x.stride() if x.dim() == 4 else (0, *x.stride())
-    return _address(x), _DTYPES[x.dtype], *strides
-
-
-def _check(x: Tensor, gates: Tensor, *others: Tensor) -> None:
+def _check(x: Tensor, gates: Tensor, *others: Tensor | None) -> None:
     """For callers inside the package: shapes that disagree would lead past a tensor's end."""
-    if gates.shape != (*x.shape[:-1], 3) or any(y.shape != x.shape or y.dtype != x.dtype for y in others):
-        shapes = [tuple(y.shape) for y in (x, *others)]
+    given = [y for y in others if y is not None]
+    if gates.shape != (*x.shape[:-1], 3) or any(y.shape != x.shape or y.dtype != x.dtype for y in given):
+        shapes = [tuple(y.shape) for y in (x, *given)]
         raise ValueError(
             f"gates: must be [.., Hq, 3] for branches [.., Hq, Dv] of one dtype, was {tuple(gates.shape)} for {shapes}"
         )
@@ -66,54 +55,34 @@ def _forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tens
     o = _fake_forward(o_cmp, o_slc, o_win, gates)
     with _on_device(o.device):
         native().gated_sum_forward(
-            _sizes(o), _tensor(o_cmp), _tensor(o_slc), _tensor(o_win), _gates(gates), _tensor(o), _stream(o.device),
-            torch.get_num_threads(),
+            _sizes(o), _tensor(o_cmp), _tensor(o_slc), _tensor(o_win), _gates(gates, gates.shape[:-1]), _tensor(o),
+            _stream(o.device), torch.get_num_threads(),
         )  # fmt: skip
     return o
 
 
-def _backward(
-    dout: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, branch: int | None = None
-) -> tuple[Tensor, Tensor]:
-    _check(dout, gates, o_cmp, o_slc, o_win)
-    dout, o_cmp, o_slc, o_win = (_loadable(x) for x in (dout, o_cmp, o_slc, o_win))
-    dgates, dbranch = _fake_backward(dout, o_cmp, o_slc, o_win, gates, branch)
-    with _on_device(dout.device):
-        native().gated_sum_backward(
-            _sizes(dout), _tensor(dout), _tensor(o_cmp), _tensor(o_slc), _tensor(o_win), _gates(gates), _gates(dgates),
-            _ABSENT if branch is None else _tensor(dbranch), branch or 0, _stream(dout.device), torch.get_num_threads(),
-        )  # fmt: skip
-    return dgates, dbranch
-
-
-def _scale(dout: Tensor, gates: Tensor, branch: int) -> Tensor:
-    _check(dout, gates)
+def _backward(dout: Tensor, o_cmp: Tensor | None, o_slc: Tensor | None, o_win: Tensor | None) -> Tensor:
+    dgates = _fake_backward(dout, o_cmp, o_slc, o_win)
+    _check(dout, dgates, o_cmp, o_slc, o_win)
     dout = _loadable(dout)
-    dbranch = _fake_scale(dout, gates, branch)
+    branches = [None if x is None else _loadable(x) for x in (o_cmp, o_slc, o_win)]
     with _on_device(dout.device):
         native().gated_sum_backward(
-            _sizes(dout), _tensor(dout), _ABSENT, _ABSENT, _ABSENT, _gates(gates), _gates(None), _tensor(dbranch),
-            branch, _stream(dout.device), torch.get_num_threads(),
+            _sizes(dout), _tensor(dout), *(_tensor(x) for x in branches), _gates(dgates, dgates.shape[:-1]),
+            _stream(dout.device), torch.get_num_threads(),
         )  # fmt: skip
-    return dbranch
+    return dgates
 
 
 def _fake_forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
     return o_cmp.new_empty(o_cmp.shape)
 
 
-def _fake_backward(
-    dout: Tensor, o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor, branch: int | None = None
-) -> tuple[Tensor, Tensor]:
-    return gates.new_empty(gates.shape), dout.new_empty((0,) if branch is None else dout.shape)
-
-
-def _fake_scale(dout: Tensor, gates: Tensor, branch: int) -> Tensor:
-    return dout.new_empty(dout.shape)
+def _fake_backward(dout: Tensor, o_cmp: Tensor | None, o_slc: Tensor | None, o_win: Tensor | None) -> Tensor:
+    return dout.new_empty((*dout.shape[:-1], 3), dtype=lse_dtype(dout.dtype))
 
 
 implement_operators(
     ("gated_sum_forward", _forward, _fake_forward),
     ("gated_sum_backward", _backward, _fake_backward),
-    ("scale_gradient", _scale, _fake_scale),
 )

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from nsa_cuda._checks import lse_dtype
-from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward, scale_gradient
+from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward
 from nsa_cuda._ops import (
+    Gated,
     _library,
     define_operators,
     implement_operators,
-    selected_attention_backward,
     selected_attention_forward,
+    selected_backward,
 )
-from nsa_cuda._range_ops import COMPRESSED, WINDOW, range_attention_backward, range_attention_forward, select_blocks
+from nsa_cuda._range_ops import COMPRESSED, WINDOW, range_attention_forward, range_backward, select_blocks
 
 # Bits of `recompute`: the branches whose output backward computes again.
 RECOMPUTE_NONE, RECOMPUTE_WINDOW, RECOMPUTE_ALL = 0, 4, 7
@@ -58,8 +59,8 @@ native_sparse_attention_forward = torch.ops.nsa_cuda.native_sparse_attention_for
 native_sparse_attention_backward = torch.ops.nsa_cuda.native_sparse_attention_backward.default
 
 
-_RANGE = range_attention_forward, range_attention_backward
-_SELECTED = selected_attention_forward, selected_attention_backward
+_RANGE = range_attention_forward, range_backward
+_SELECTED = selected_attention_forward, selected_backward
 
 
 class _Lists(NamedTuple):
@@ -109,8 +110,8 @@ class _Branch:
         o, lse = self.operators[0](q, self.k, self.v, *self.problem)
         return o, lse
 
-    def backward(self, q: Tensor, o: Tensor, lse: Tensor, do: Tensor, needs: Sequence[bool]) -> Any:
-        return self.operators[1](q, self.k, self.v, o, lse, do, None, *self.problem, *needs)
+    def backward(self, q: Tensor, lse: Tensor, dout: Tensor, gated: Gated, needs: Sequence[bool]) -> Any:
+        return self.operators[1](q, self.k, self.v, None, lse, dout, None, *self.problem, *needs, gated=gated)
 
 
 @dataclass(frozen=True)
@@ -197,38 +198,40 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """One branch after the other: one gradient of a branch output is alive, and with `recompute` one branch output."""
+    """One branch after the other, on dout itself: a branch takes its gate, and the gate's gradient as its delta, so no
+    gated dout is ever in memory; dQ is added up in place: with dO and dQ of N bytes, 6 N are moved beside the branches,
+    where gated copies, delta of each and sums of dQ take 21 N. With `recompute` one branch output is alive.
+    """
     inputs, outputs, lse = _Inputs(*arguments[:8]), arguments[8:11], arguments[11:14]
     call = _Call(inputs, _Lists(*arguments[16:20]), _Settings(*arguments[20:33]))
     branches = call.branches(*arguments[14:16])
     need = dict(zip(_GRADIENTS, arguments[33], strict=True))
     keys = (("k_cmp", "v_cmp"), ("k", "v"), ("k", "v") if inputs.k_win is None else ("k_win", "v_win"))
     one_by_one = call.settings.recompute == RECOMPUTE_ALL
-    if call.settings.recompute == RECOMPUTE_WINDOW:
-        outputs = (*outputs[:2], branches[2].forward(inputs.q)[0])
+    if one_by_one:
+        dgates = dout.new_empty((*dout.shape[:-1], 3), dtype=lse_dtype(dout.dtype))
+    else:
+        o_win = branches[2].forward(inputs.q)[0] if call.settings.recompute == RECOMPUTE_WINDOW else outputs[2]
+        dgates = gated_sum_backward(dout, *outputs[:2], o_win)
+        del o_win
     found: dict[str, Tensor] = {}
-    dgates: list[Tensor] = []
     for c, branch in enumerate(branches):
         names = ("q", *keys[c])
         needs = [need[name] for name in names]
-        wants_gates = need["gates"] and (one_by_one or c == 0)
-        if not any(needs) and not wants_gates:
+        if not any(needs) and not need["gates"]:
             continue
-        o = branch.forward(inputs.q)[0] if one_by_one else outputs[c]
-        if wants_gates:
-            # One by one only column c is this branch's.
-            columns, do = gated_sum_backward(dout, *((o, o, o) if one_by_one else outputs), inputs.gates, c)
-            dgates.append(columns[..., c] if one_by_one else columns)
-        else:
-            do = scale_gradient(dout, inputs.gates, c)
+        if one_by_one:
+            only = [branch.forward(inputs.q)[0] if c == i else None for i in range(3)]
+            dgates[..., c] = gated_sum_backward(dout, *only)[..., c]
+            del only
         if any(needs):
-            gradients = branch.backward(inputs.q, o, lse[c], do, needs)
+            gated = Gated(inputs.gates[..., c], dgates[..., c], found.get("q"))
+            gradients = branch.backward(inputs.q, lse[c], dout, gated, needs)
             for name, needed, gradient in zip(names, needs, gradients, strict=True):
                 if needed:
-                    found[name] = found[name].add_(gradient) if name in found else gradient
-        del o, do
-    if dgates:
-        found["gates"] = torch.stack(dgates, -1) if one_by_one else dgates[0]
+                    found[name] = gradient if name == "q" or name not in found else found[name].add_(gradient)
+    if need["gates"]:
+        found["gates"] = dgates.to(inputs.gates.dtype)
     return tuple(found[name] if name in found else inputs.q.new_empty(0) for name in _GRADIENTS)
 
 

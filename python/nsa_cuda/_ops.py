@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,15 @@ def _rows(x: Tensor | None) -> tuple[int, int, int, int]:
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def _gates(x: Tensor, lead: tuple[int, ...]) -> tuple[int, ...]:
+    """Address, dtype and strides of gates [*lead, 3], or [*lead] of one branch; lead is (B, T, H) or (total, H)."""
+    strides = (*x.stride(), 0)[: len(lead) + 1]
+    return _address(x), _DTYPES[x.dtype], *((0,) if len(lead) == 2 else ()), *strides
+
+
+_NO_GATE = (0, 1, 0, 0, 0, 0)
 
 
 def _problem(
@@ -187,27 +196,62 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
     return o, lse
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, *arguments: Any
+class Gated(NamedTuple):
+    """What the backward of one branch of a gated sum takes; dout is that of the sum, and o isn't read."""
+
+    gate: Tensor  # [.., Hq]
+    delta: Tensor  # [.., Hq] sum(dout o), of lse's dtype
+    dq: Tensor | None  # what dq is added to, contiguous; None: nothing
+
+
+def backward_arguments(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, bool, bool],
+    o: Tensor | None,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    gated: Gated | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Any, ...], tuple[Tensor | None, ...]]:
+    """The gradients to be filled, the tensors as the C++ module takes them, and copies that must outlive the call."""
+    q, k, v = inputs
+    if dout is None:
+        dout = q.new_zeros((*q.shape[:-1], v.shape[-1]))
+    gate, delta, dq = (None, None, None) if gated is None else gated
+    adds = dq is not None
+    fresh, dk, dv = _fake_backward(q, k, v, needs[0] and not adds, *needs[1:])
+    gradients = (fresh if dq is None else dq, dk, dv)
+    held = tuple(None if x is None else _loadable(x) for x in (q, k, v, o, dout))
+    read = [_tensor(x) for x in held]
+    written = [_tensor(x if need else None) for x, need in zip(gradients, needs, strict=True)]
+    gates = _NO_GATE if gate is None else _gates(gate, lse.shape)
+    rows = (_rows(dlse), _rows(delta), gates)
+    return gradients, (*read[:4], _rows(lse), read[4], *rows, *written, adds), held
+
+
+def selected_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    *arguments: Any,
+    gated: Gated | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *problem, need_dq, need_dk, need_dv = arguments
+    needs = (need_dq, need_dk, need_dv)
     indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings = problem
-    device = q.device
+    device, threads = q.device, torch.get_num_threads()
     cu_seqlens_q, cu_seqlens_k, q_offsets = (_contiguous(x) for x in (cu_seqlens_q, cu_seqlens_k, q_offsets))
-    if dout is None:
-        dout = torch.zeros_like(o)
-    q, k, v, o, dout = (_loadable(x) for x in (q, k, v, o, dout))
     with _on_device(device):
         c = native()
         p = _problem(q, k, v, indices, counts, cu_seqlens_q, cu_seqlens_k, q_offsets, *settings)
-        gradients = _fake_backward(q, k, v, None, None, None, None, need_dq, need_dk, need_dv)
-        dq, dk, dv = (x if need else None for x, need in zip(gradients, (need_dq, need_dk, need_dv), strict=True))
-        size = c.backward_workspace(p, need_dq, need_dk, need_dv, dlse is not None, torch.get_num_threads())
+        gradients, tensors, _held = backward_arguments((q, k, v), needs, o, lse, dout, dlse, gated)
+        size = c.backward_workspace(p, *needs, dlse is not None, threads)
         workspace = _workspace(size, device)
-        c.backward(
-            p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _tensor(dout), _rows(dlse), _tensor(dq),
-            _tensor(dk), _tensor(dv), _address(workspace), size, _stream(device), torch.get_num_threads(),
-        )  # fmt: skip
+        c.backward(p, *tensors, _address(workspace), size, _stream(device), threads)
         if device.type == "cuda" and _debug.enabled():
             torch.cuda.synchronize(device)
     return gradients
@@ -252,6 +296,6 @@ def register_gradients(forward: str, backward: str, num_tensors: int) -> None:
 
 implement_operators(
     ("selected_attention_forward", _forward, _fake_forward),
-    ("selected_attention_backward", _backward, _fake_backward),
+    ("selected_attention_backward", selected_backward, _fake_backward),
 )
 register_gradients("selected_attention_forward", "selected_attention_backward", num_tensors=5)

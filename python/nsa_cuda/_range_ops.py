@@ -16,6 +16,7 @@ from nsa_cuda._ops import (
     _DEVICES,
     _DTYPES,
     BACKENDS,
+    Gated,
     _address,
     _contiguous,
     _fake_backward,
@@ -26,6 +27,7 @@ from nsa_cuda._ops import (
     _stream,
     _tensor,
     _workspace,
+    backward_arguments,
     define_operators,
     implement_operators,
     native,
@@ -166,32 +168,33 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
     return o, lse
 
 
-def _backward(
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, dout: Tensor | None, dlse: Tensor | None, *arguments: Any
+def range_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor | None,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    *arguments: Any,
+    gated: Gated | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *settings, need_dq, need_dk, need_dv = arguments
     needs = (need_dq, need_dk, need_dv)
     device, threads = q.device, torch.get_num_threads()
     problem = _prepared(tuple(settings))
-    if dout is None:
-        dout = torch.zeros_like(o)
-    q, k, v, o, dout = (_loadable(x) for x in (q, k, v, o, dout))
     with _on_device(device):
         c = native()
         p = _problem(q, k, v.shape[-1], *problem)
         try:
             size = c.range_backward_workspace(p, *needs, dlse is not None, threads)
             workspace = _workspace(size, device)
-            gradients = _fake_backward(q, k, v, *needs)
-            dq, dk, dv = (x if need else None for x, need in zip(gradients, needs, strict=True))
-            c.range_backward(
-                p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _tensor(dout), _rows(dlse), _tensor(dq),
-                _tensor(dk), _tensor(dv), _address(workspace), size, _stream(device), threads,
-            )  # fmt: skip
+            gradients, tensors, _held = backward_arguments((q, k, v), needs, o, lse, dout, dlse, gated)
+            c.range_backward(p, *tensors, _address(workspace), size, _stream(device), threads)
         except NotImplementedError:
             if not _falls_back(q, problem[-1]):
                 raise
-            return _reference_backward((q, k, v), needs, dout, dlse, problem)
+            return _reference_backward((q, k, v), needs, dout, dlse, problem, gated)
         _synchronise(device)
     return gradients
 
@@ -199,18 +202,24 @@ def _backward(
 def _reference_backward(
     inputs: tuple[Tensor, Tensor, Tensor],
     needs: tuple[bool, bool, bool],
-    dout: Tensor,
+    dout: Tensor | None,
     dlse: Tensor | None,
     problem: tuple[Any, ...],
+    gated: Gated | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if dout is not None and gated is not None:
+        dout = dout * gated.gate.unsqueeze(-1).to(dout.dtype)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         o, lse = _reference_attention(*leaves, *problem)
         wanted = [x for x in leaves if x.requires_grad]
-        outputs, given = ([o], [dout]) if dlse is None else ([o, lse], [dout, dlse])
+        pairs = [(x, dx) for x, dx in ((o, dout), (lse, dlse)) if dx is not None]
+        outputs, given = zip(*pairs, strict=True)
         # dv doesn't depend on lse alone, nor does an output without rows depend on anything.
         found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True, materialize_grads=True))
     dq, dk, dv = (next(found).contiguous() if x.requires_grad else x.new_empty(0) for x in leaves)
+    if gated is not None and gated.dq is not None:
+        dq = gated.dq.add_(dq)
     return dq, dk, dv
 
 
@@ -263,7 +272,7 @@ def _fake_select_blocks(q: Tensor, k_cmp: Tensor, lse: Tensor, *arguments: Any) 
 
 implement_operators(
     ("range_attention_forward", _forward, _fake_forward),
-    ("range_attention_backward", _backward, _fake_backward),
+    ("range_attention_backward", range_backward, _fake_backward),
     ("select_blocks", _select_blocks, _fake_select_blocks),
 )
 register_gradients("range_attention_forward", "range_attention_backward", num_tensors=3)

@@ -53,6 +53,14 @@ struct Tensor {
   std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
 };
 
+// Factors of the branches' outputs, in the order (compressed, selected, window): [B, T, H, 3]; where one branch's are
+// meant, [B, T, H] (branch_stride ignored). Any strides.
+struct GateTensor {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;  // of its own
+  std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0, branch_stride = 0;
+};
+
 // Integers [B, Tq, Hkv, S] or, packed, [total_q, Hkv, S]; any strides. For counts entry_stride is ignored.
 struct IndexTensor {
   const void* data = nullptr;
@@ -105,14 +113,17 @@ struct SelectedAttentionForward {
   int num_threads = 0;            // CPU; 0: OpenMP's default. Results don't depend on it.
 };
 
-// Gradients of q, k, v from dout = dL/do and dlse = dL/dlse. A null dq, dk, dv is skipped; dk and dv come as a pair or
-// one alone.
+// Gradients of q, k, v from dout = dL/d(gate o) and dlse = dL/dlse; a gate and dlse exclude each other. A null dq, dk,
+// dv is skipped; dk and dv come as a pair or one alone.
 struct SelectedAttentionBackward {
   SelectedAttentionProblem problem;
   Tensor q, k, v, o, lse;
   Tensor dout;
-  Tensor dlse;  // float32 (float64); data null: zero
+  Tensor dlse;      // float32 (float64); data null: zero
+  Tensor delta;     // [B, Tq, Hq] float32 (float64), sum over Dv of dout o, where the caller has it: o isn't read then
+  GateTensor gate;  // [B, Tq, Hq], of any sign; data null: 1
   Tensor dq, dk, dv;
+  bool accumulate_dq = false;  // adds to what dq holds, before rounding
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   cudaStream_t stream = nullptr;
@@ -183,14 +194,17 @@ struct RangeAttentionForward {
   int num_threads = 0;            // CPU; 0: OpenMP's default. Results don't depend on it.
 };
 
-// Gradients of q, k, v from dout = dL/do and dlse = dL/dlse. A null dq, dk, dv is skipped. Every row of dk and dv is
-// written; those that no query sees become 0.
+// Gradients of q, k, v from dout = dL/d(gate o) and dlse = dL/dlse; a gate and dlse exclude each other. A null dq, dk,
+// dv is skipped. Every row of dk and dv is written; those that no query sees become 0.
 struct RangeAttentionBackward {
   RangeAttentionProblem problem;
   Tensor q, k, v, o, lse;
   Tensor dout;
-  Tensor dlse;  // float32 (float64); data null: zero
+  Tensor dlse;      // float32 (float64); data null: zero
+  Tensor delta;     // [B, Tq, Hq] float32 (float64), sum over Dv of dout o, where the caller has it: o isn't read then
+  GateTensor gate;  // [B, Tq, Hq], of any sign; data null: 1
   Tensor dq, dk, dv;
+  bool accumulate_dq = false;  // adds to what dq holds, before rounding
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   cudaStream_t stream = nullptr;
@@ -229,13 +243,6 @@ NSA_API Status range_attention(const RangeAttentionBackward& args);
 NSA_API Status block_selection_workspace(const BlockSelection& args, std::size_t* bytes);
 NSA_API Status select_blocks(const BlockSelection& args);
 
-// [B, T, H, 3], branches in the order (compressed, selected, window); any strides.
-struct GateTensor {
-  void* data = nullptr;
-  Dtype dtype = Dtype::kFloat32;  // of its own
-  std::int64_t batch_stride = 0, row_stride = 0, head_stride = 0, branch_stride = 0;
-};
-
 // The three branches of NSA, gated and added up (eq. 5). Packed: batch = 1, rows = total_q.
 struct GatedSumProblem {
   Device device = Device::kCpu;
@@ -257,16 +264,13 @@ struct GatedSumForward {
   int num_threads = 0;
 };
 
-// dgates_c = sum over Dv of dout o_c, and dbranch = g_branch dout, the gradient of one branch's output. Either may be
-// null: not wanted. (Attention's backward needs dbranch of one branch at a time: one buffer serves all three.)
+// dgates_c = sum over Dv of dout o_c. In float32 (float64) it is also the delta of a branch's backward, which with its
+// gate takes dout as it is. Where o_c is null, dgates_c isn't written.
 struct GatedSumBackward {
   GatedSumProblem problem;
   Tensor dout;
-  Tensor o_cmp, o_slc, o_win;  // read for dgates alone
-  GateTensor gates;            // read for dbranch alone
+  Tensor o_cmp, o_slc, o_win;
   GateTensor dgates;
-  Tensor dbranch;
-  int branch = 0;  // 0 compressed, 1 selected, 2 window
   cudaStream_t stream = nullptr;
   int num_threads = 0;
 };

@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     sees.set_key(r, key < item.keys, item.first_key + key, item.begin, a.group, a.plan);
   }
   const int2 seen = item.rows_of_all(a.plan, a.group);
+  const bool negative = a.negative && *a.negative;
   device::KeySums<Config> sums;
   sums.reset();
   for (int i = 0; i < stages; ++i) {
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     __syncthreads();  // the stage has landed, and everybody is done with the one before it
     load(i + Config::kStages - 1);
     const int first_row = i * Config::kRows;
-    const bool masked = first_row < seen.x || first_row + Config::kRows > seen.y;
+    const bool masked = negative || first_row < seen.x || first_row + Config::kRows > seen.y;
 #pragma unroll 1
     for (int row = slice * Config::kSlice; row < Config::kRows; row += Config::kSlices * Config::kSlice) {
       attend<Config>(block, stage_at(i), row, first_row + row, key_tile, half, sees, masked, a.scale_log2, lane, sums);

@@ -56,13 +56,13 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, uint32_t keys, uint32
       s[n][i] = device::exp2_approx(s[n][i] * scale_log2 - rows.lse2[i / 2]) * (dp[n][i] - rows.delta[i / 2]);
     }
   }
-  if (!all) {
+  if (!all || device::is_negative(rows.delta)) {
     rows.sees.stage = key;
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!rows.sees.sees(i / 2, n, i % 2, lane)) s[n][i] = 0.f;
+        s[n][i] = rows.sees.sees(i / 2, n, i % 2, lane) ? device::signed_by(rows.delta[i / 2], s[n][i]) : 0.f;
       }
     }
   }
@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   for (int r = 0; r < 2; ++r) {
     const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
     char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
-    device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, rows.dq, r, a.scale, lane);
+    device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, rows.dq, r, a.scale, lane,
+                                                                  a.accumulate_dq);
   }
 }
 

@@ -145,6 +145,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
 
   device::KeySums<Config> sums;
   sums.reset();
+  const bool negative = a.negative && *a.negative;
   int stage = 0, slice = 0;
   unsigned phase = 0;
   for (int i = 0; i < iterations; ++i) {
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
     }
     device::barrier_wait(full(stage), phase);
     // rows ascend, and so do their last keys: when the first row sees the whole block, all do
-    const bool masked = device::load_shared(stage_at(stage) + Config::kLastKeys) < item.first_key + item.keys - 1;
+    const bool masked =
+        negative || device::load_shared(stage_at(stage) + Config::kLastKeys) < item.first_key + item.keys - 1;
     for (int row = 0; row < Config::kRows; row += Config::kSlice) {
       if (slice == place.slice)
         attend<Config>(a, block, stage_at(stage), row, place, item.first_key, masked, lane, sums);

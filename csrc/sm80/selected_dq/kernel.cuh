@@ -74,12 +74,12 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
       s[n][i] = device::exp2_approx(s[n][i] * a.scale_log2 - lse2[i / 2]) * (dp[n][i] - delta[i / 2]);
     }
   }
-  if (!sees.everything()) {
+  if (!sees.everything() || device::is_negative(delta)) {
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!sees.sees(i / 2, first / 8 + n, i % 2, lane)) s[n][i] = 0.f;
+        s[n][i] = sees.sees(i / 2, first / 8 + n, i % 2, lane) ? device::signed_by(delta[i / 2], s[n][i]) : 0.f;
       }
     }
   }
@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
       if (row.real)
-        device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane);
+        device::store_row<typename Config::Element, Config::kDk>(a.dq.at(row.token, row.head), dq, r, a.scale, lane,
+                                                                 a.accumulate_dq);
     }
   }
 }

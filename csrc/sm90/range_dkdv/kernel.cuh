@@ -84,13 +84,14 @@ __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& 
   }
 }
 
-// The rows of an item that a warpgroup's keys concern: those that see any of them, and those that see all.
+// The rows of an item that a warpgroup's keys concern: those that see any of them, and those that see all, which need
+// no mask; with `mask_all` none of them.
 struct KeyRows {
   int first, end, first_of_all, end_of_all;
 
   template <int kKeys>
   __device__ __forceinline__ KeyRows(const cuda::RangePlan& plan, const device::RangeItem<kKeys>& item, int first_key,
-                                     int group) {
+                                     int group, bool mask_all) {
     const int keys = min(item.keys - first_key, 64);
     first = end = first_of_all = end_of_all = 0;
     if (keys <= 0) return;
@@ -99,7 +100,7 @@ struct KeyRows {
     first = max(low.x - item.begin, 0) * group;
     end = min(high.y - item.begin, item.tokens) * group;
     first_of_all = max(high.x - item.begin, 0) * group;
-    end_of_all = min(low.y - item.begin, item.tokens) * group;
+    end_of_all = mask_all ? 0 : min(low.y - item.begin, item.tokens) * group;
   }
 };
 
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const int nth = Config::kSplit == 2 ? 0 : warp / 4, half = Config::kSplit == 2 ? warp / 4 : 0;
     device::KeySums<Config> sums;
     sums.reset();
-    consume<Config>(a, shared, KeyRows(a.plan, item, 64 * nth, a.group), rows, warp, lane, sums);
+    consume<Config>(a, shared, KeyRows(a.plan, item, 64 * nth, a.group, a.negative && *a.negative), rows, warp, lane,
+                    sums);
     // found again, rather than kept in registers
     device::store_range_sums<Config>(a, Item<Config>(a.plan, blockIdx.z, blockIdx.x, blockIdx.y),
                                      64 * nth + 16 * (warp % 4), half, lane, sums);

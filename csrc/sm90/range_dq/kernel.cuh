@@ -113,7 +113,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, in
     Queries<Config> tile;
     tile.fetch_keys(info);
     const int key = first + i * kKeys, valid = __shfl_sync(device::kFullWarp, tile.run_end, 0) - key;
-    const bool all = __shfl_sync(device::kFullWarp, tile.all_see(key, kKeys), 0);
+    const bool all = __all_sync(device::kFullWarp, tile.all_see(key, kKeys) && !device::is_negative(rows.delta));
     if (valid < kKeys) {  // dS is 0 there, but 0 * NaN isn't
       device::clear_rows<kDk, kKeys>(shared.keys(shared.stage), valid, threadIdx.x % 128);
       device::publish_zeros(warpgroup);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, in
       for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if (!sees.sees(j / 2, n, j % 2, lane)) s[n][j] = 0.f;
+          s[n][j] = sees.sees(j / 2, n, j % 2, lane) ? device::signed_by(rows.delta[j / 2], s[n][j]) : 0.f;
         }
       }
     }
@@ -202,7 +202,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     for (int r = 0; r < 2; ++r) {
       const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
       char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
-      device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, dq, r, a.scale, lane);
+      device::store_row_wide<typename Config::Element, Config::kDk>(to, row.real, dq, r, a.scale, lane,
+                                                                    a.accumulate_dq);
     }
   }
 }

@@ -188,7 +188,7 @@ __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256
 // dP starts when dV and dK are done: it takes the registers of their operands. dV beside dS would need 16 more than
 // there are with (128, 128) (C7512); that time is the other warpgroup's.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+__device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
                                        int num_rows, int warp, int lane, device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
@@ -217,7 +217,7 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
     device::start_transposed<Element, Config::kDv, kRows>(ds, block + Config::kValues, stage + Config::kDout);
     device::wgmma_commit();
     // rows ascend, and so do their last keys: when the first row sees the whole block, all do
-    const bool masked = device::load_shared(stage + Config::kLastKeys) < last_key;
+    const bool masked = device::load_shared(stage + Config::kLastKeys) < unmasked_from;
     device::wgmma_wait<1>();
     device::hold(p);
     device::key_probabilities(p, stats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
@@ -238,13 +238,14 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
   device::hold(sums.dk);
 }
 
+// unmasked_from: a row needs no mask that sees this key.
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int last_key, RowRing<Config>& ring,
+__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
                                         int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
   device::KeySums<Config> sums;
   sums.reset();
-  attend<Config>(a, first_key, last_key, ring, num_rows, warp, lane, sums);
+  attend<Config>(a, first_key, unmasked_from, ring, num_rows, warp, lane, sums);
   if constexpr (Config::kSplit == 1) {
     const uint32_t at = ring.shared + Config::kBlock + (warp % 4) * Config::kSumBytes + 16 * lane;
     sync_consumers();
@@ -280,7 +281,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   } else {
     device::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(a, item.first_key, item.first_key + item.keys - 1, ring, num_rows, warp, lane);
+    const int unmasked_from = a.negative && *a.negative ? INT_MAX : item.first_key + item.keys - 1;
+    consume<Config>(a, item.first_key, unmasked_from, ring, num_rows, warp, lane);
   }
 }
 

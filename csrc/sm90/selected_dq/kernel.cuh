@@ -61,7 +61,7 @@ struct Pass {
     for (int r = 0; r < 2; ++r) {
       const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
       char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
-      device::store_row_wide<Element, Config::kDk>(to, row.real, dq, r, a.scale, lane);
+      device::store_row_wide<Element, Config::kDk>(to, row.real, dq, r, a.scale, lane, a.accumulate_dq);
     }
   }
 
@@ -88,13 +88,13 @@ struct Pass {
         s[n][i] = device::exp2_approx(s[n][i] * scale_log2 - lse2[i / 2]) * (dp[n][i] - delta[i / 2]);
       }
     }
-    if (flags & device::StageFlags::all(warp)) return;
+    if ((flags & device::StageFlags::all(warp)) && !__any_sync(device::kFullWarp, device::is_negative(delta))) return;
     sees.read(ring.info(stage), block_size);
 #pragma unroll
     for (int n = 0; n < kKeys / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (!sees.sees(i / 2, n, i % 2, lane)) s[n][i] = 0.f;
+        s[n][i] = sees.sees(i / 2, n, i % 2, lane) ? device::signed_by(delta[i / 2], s[n][i]) : 0.f;
       }
     }
   }

@@ -1,0 +1,22 @@
+// The sign of a row's gate, which the backward's kernels carry in the lowest bit of its delta: P becomes gate P by one
+// exclusive or, done where scores are masked. Calls with a negative gate take that way everywhere, so that the usual
+// one costs nothing: neither instructions nor a register.
+#pragma once
+
+namespace nsa::device {
+
+__device__ __forceinline__ float with_sign(float delta, bool negative) {
+  return __uint_as_float((__float_as_uint(delta) & ~1u) | (negative ? 1u : 0u));
+}
+
+__device__ __forceinline__ bool is_negative(float delta) { return __float_as_uint(delta) & 1; }
+__device__ __forceinline__ bool is_negative(const float (&delta)[2]) {
+  return (__float_as_uint(delta[0]) | __float_as_uint(delta[1])) & 1;
+}
+
+// x = |gate| P of a row, or what is proportional to it -> with the gate's sign.
+__device__ __forceinline__ float signed_by(float delta, float x) {
+  return __uint_as_float(__float_as_uint(x) ^ (__float_as_uint(delta) << 31));
+}
+
+}  // namespace nsa::device
