@@ -141,32 +141,30 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     device::wgmma_commit();
     device::wgmma_wait<1>();
     device::hold(p);
-    device::hold(sums.dv);
     device::hold(sums.dk);
     if (last >= 0) device::arrive_for_warp(shared.empty(last), lane);
     const bool masked = first < seen.first_of_all || first + kRows > seen.end_of_all;
     device::RowVisibility sees = {};
     if (masked) sees.fetch(sees_at);
     device::range_probabilities(p, stage + Config::kStats, first, sees, masked, a.scale_log2, lane);
-    device::wgmma_wait<0>();
-    device::hold(ds);
-    device::range_gradients(p, ds, stage + Config::kStats, first, sees, masked, lane);
     device::round_to_operand<Element, kRows>(p_operand, p);
-    device::round_to_operand<Element, kRows>(ds_operand, ds);
     device::hold(sums.dv);
-    device::hold(sums.dk);
     device::wgmma_fence();
     device::start_columns<Element, kRows, Config::kDvColumns>(
         sums.dv, p_operand, stage + Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes);
-    if constexpr (Config::kDk == 128) device::wgmma_commit();
+    device::wgmma_commit();
+    device::wgmma_wait<1>();  // dP; dV goes on
+    device::hold(ds);
+    if (masked) sees.fetch(sees_at);  // again, rather than kept in registers
+    device::range_gradients(p, ds, stage + Config::kStats, first, sees, masked, lane);
+    device::round_to_operand<Element, kRows>(ds_operand, ds);
+    device::hold(sums.dk);
+    device::wgmma_fence();
     device::start_columns<Element, kRows, Config::kDkColumns>(
         sums.dk, ds_operand, stage + half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes);
     device::wgmma_commit();
-    // (128, 128) hasn't the registers to let both products run on
-    if constexpr (Config::kDk == 128) {
-      device::wgmma_wait<1>();
-      device::hold(sums.dv);
-    }
+    device::wgmma_wait<Config::kDk == 128 ? 0 : 1>();  // dK may go on under the next scores; (128, 128) lacks registers
+    device::hold(sums.dv);
     last = shared.stage;
     shared.advance();
   }
