@@ -124,6 +124,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
   uint32_t p_operand[kRows / 16][4], ds_operand[kRows / 16][4];
   int last = -1;
   if (begin < end) device::barrier_wait(shared.full_block(), 0);
+  if (warpgroup == 1) asm volatile("bar.sync 3, 256;" ::: "memory");
+  bool first_one = warpgroup == 0;
   for (int i = begin; i < end; ++i) {
     device::barrier_wait(shared.full(), shared.phase);
     const uint32_t stage = shared.rows();
@@ -153,6 +155,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     device::start_columns<Element, kRows, Config::kDvColumns>(
         sums.dv, p_operand, stage + Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes);
     device::wgmma_commit();
+    if (first_one) asm volatile("bar.arrive 3, 256;" ::: "memory");
+    first_one = false;
     device::wgmma_wait<1>();  // dP; dV goes on
     device::hold(ds);
     if (masked) sees.fetch(sees_at);  // again, rather than kept in registers
@@ -168,6 +172,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     last = shared.stage;
     shared.advance();
   }
+  if (first_one) asm volatile("bar.arrive 3, 256;" ::: "memory");
   device::wgmma_wait<0>();
   device::hold(sums.dv);
   device::hold(sums.dk);
