@@ -39,10 +39,9 @@ struct RowRing {
       device::barrier_init(empty(s), Config::kReaders * 4);
     }
   }
-  __device__ __forceinline__ void advance(int steps = 1) {  // steps <= stages
-    stage += steps;
-    if (stage >= stages) {
-      stage -= stages;
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) {
+      stage = 0;
       phase ^= 1;
     }
   }
@@ -205,6 +204,12 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
     return;  // ptxas serialises the products where zeros of no loop meet their sums before the wait
   if (first > 0) ring.advance();
   for (int row = first; row < num_rows; row += kStep * kRows) {
+    if (kStep == 2 && last >= 0) {
+      // The other's stage, only to see every phase: with an odd number of stages a barrier belongs to both in turn, and
+      // a parity can't tell the lap before the last from the next.
+      device::barrier_wait(ring.full(ring.stage), ring.phase);
+      ring.advance();
+    }
     device::barrier_wait(ring.full(ring.stage), ring.phase);
     const uint32_t stage = ring.data(), stats = stage + Config::kStats;
     device::fence_shared_for_wgmma();
@@ -231,7 +236,7 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
     device::start_columns<Element, kRows, Config::kDkColumns>(sums.dk, ds_operand, stage + dk_rows);
     device::wgmma_commit();
     last = ring.stage;
-    ring.advance(kStep);
+    ring.advance();
   }
   device::wgmma_wait<0>();
   device::hold(sums.dv);
