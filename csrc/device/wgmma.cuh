@@ -40,7 +40,7 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t 
 }
 
 // m64nNk16, fp32 accumulators:
-//   rows(d, a, b, keep)   d = a b^T (+ d where keep); b in shared memory, a there or in registers; rows of 64 elements
+//   rows(d, a, b, keep)   d = a b^T (+ d where keep); both in shared memory, rows of 64 elements
 //   columns(d, a, b)      d += a b; a in registers, b transposed in shared memory
 template <typename Element, int kColumns>
 struct Wgmma;
@@ -78,43 +78,35 @@ struct Wgmma;
   NSA_ACCS_192, NSA_ACC(24), NSA_ACC(25), NSA_ACC(26), NSA_ACC(27), NSA_ACC(28), NSA_ACC(29), NSA_ACC(30), NSA_ACC(31)
 
 // The numbers of what follows the N / 2 accumulators: I0 = N / 2, I1 = N / 2 + 1, ...
-#define NSA_WGMMA(ELEMENT, TYPE, N, I0, I1, I2, I3, I4, I5)                                                           \
-  template <>                                                                                                         \
-  struct Wgmma<ELEMENT, N> {                                                                                          \
-    static __device__ __forceinline__ void rows(float (&d)[N / 8][4], uint64_t a, uint64_t b, int keep) {             \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                           \
-                   ", 0;\n"                                                                                           \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_NUMBERS_##N               \
-                   "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}"                                                         \
-                   : NSA_ACCS_##N                                                                                     \
-                   : "l"(a), "l"(b), "r"(keep));                                                                      \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void rows(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, int keep) { \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                                           \
-                   ", 0;\n"                                                                                           \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_NUMBERS_##N               \
-                   "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, 0;\n}"                            \
-                   : NSA_ACCS_##N                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(keep));                                  \
-    }                                                                                                                 \
-    static __device__ __forceinline__ void columns(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) {        \
-      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_NUMBERS_##N               \
-                   "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", 1, 1, 1, 1;"                               \
-                   : NSA_ACCS_##N                                                                                     \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                             \
-    }                                                                                                                 \
+#define NSA_WGMMA(ELEMENT, TYPE, N, I0, I1, I2, I3, I4)                                                        \
+  template <>                                                                                                  \
+  struct Wgmma<ELEMENT, N> {                                                                                   \
+    static __device__ __forceinline__ void rows(float (&d)[N / 8][4], uint64_t a, uint64_t b, int keep) {      \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                    \
+                   ", 0;\n"                                                                                    \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_NUMBERS_##N        \
+                   "}, %" #I0 ", %" #I1 ", p, 1, 1, 0, 0;\n}"                                                  \
+                   : NSA_ACCS_##N                                                                              \
+                   : "l"(a), "l"(b), "r"(keep));                                                               \
+    }                                                                                                          \
+    static __device__ __forceinline__ void columns(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
+      asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" NSA_NUMBERS_##N        \
+                   "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", 1, 1, 1, 1;"                        \
+                   : NSA_ACCS_##N                                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                      \
+    }                                                                                                          \
   };
 #define NSA_WGMMA_BOTH(...)                     \
   NSA_WGMMA(__nv_bfloat16, "bf16", __VA_ARGS__) \
   NSA_WGMMA(__half, "f16", __VA_ARGS__)
 
-NSA_WGMMA_BOTH(32, 16, 17, 18, 19, 20, 21)
-NSA_WGMMA_BOTH(64, 32, 33, 34, 35, 36, 37)
-NSA_WGMMA_BOTH(96, 48, 49, 50, 51, 52, 53)
-NSA_WGMMA_BOTH(128, 64, 65, 66, 67, 68, 69)
-NSA_WGMMA_BOTH(176, 88, 89, 90, 91, 92, 93)
-NSA_WGMMA_BOTH(192, 96, 97, 98, 99, 100, 101)
-NSA_WGMMA_BOTH(256, 128, 129, 130, 131, 132, 133)
+NSA_WGMMA_BOTH(32, 16, 17, 18, 19, 20)
+NSA_WGMMA_BOTH(64, 32, 33, 34, 35, 36)
+NSA_WGMMA_BOTH(96, 48, 49, 50, 51, 52)
+NSA_WGMMA_BOTH(128, 64, 65, 66, 67, 68)
+NSA_WGMMA_BOTH(176, 88, 89, 90, 91, 92)
+NSA_WGMMA_BOTH(192, 96, 97, 98, 99, 100)
+NSA_WGMMA_BOTH(256, 128, 129, 130, 131, 132)
 
 #undef NSA_WGMMA_BOTH
 #undef NSA_WGMMA

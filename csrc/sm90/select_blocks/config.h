@@ -9,9 +9,7 @@ namespace nsa::sm90::select_blocks {
 // Warpgroups of 64 q rows (whole tokens) and a producer of one thread. The tensor cores need as long for 64 x 128
 // scores as the units of exp2 (512 clocks of an SM), so one warpgroup's products must run under the others'
 // exponentials: three warpgroups, and in each the second half of a stage and the first half of the next are multiplied
-// while the half before is worked on. Q lies in registers: a product of 64 columns reads as much of Q as of K, and with
-// both in shared memory that is all that shared memory gives. Registers: scores 64, Q kDk / 4, sums of blocks 16, about
-// 40 more.
+// while the half before is worked on. Registers: scores 64, sums of blocks 16, about 60 more.
 template <typename Element_, int kDk_>
 struct Config {
   using Element = Element_;
@@ -25,17 +23,17 @@ struct Config {
   static constexpr int kStageBytes = 2 * kKeys * kDk;
   static constexpr int kMaxStages = 4;
 
-  // Shared memory: barriers, token states, lists, tables, Q, stages.
+  // Shared memory: barriers, token states, lists, tables, one or two Q, stages.
   static constexpr int kStatesAt = 128;
   static constexpr int kListsAt = kStatesAt + kGroups * device::kStateBytes;
-  static_assert(16 * (1 + kMaxStages) <= kStatesAt);
+  static_assert(16 * (2 + kMaxStages) <= kStatesAt);
 };
 
 // How a launch divides shared memory.
 struct Layout {
   int list_bytes;  // of a group; 0: lists lie in the workspace
   int tables;      // offset; no more than the whole warps' sums of G = 16 needs none
-  int queries;
+  int queries, query_buffers;
   int stages_at, stages;
   int bytes;
 };
@@ -47,8 +45,13 @@ Layout make_layout(const cuda::SelectionArgs& a, int shared_bytes) {
   l.tables = (Config::kListsAt + Config::kGroups * l.list_bytes + 127) / 128 * 128;
   const int table_bytes = a.group == 16 ? 0 : device::kPoolBytes;
   l.queries = (l.tables + Config::kGroups * table_bytes + 1023) / 1024 * 1024;
-  l.stages_at = l.queries + Config::kGroups * Config::kQueryBytes;
-  l.stages = (shared_bytes - l.stages_at) / Config::kStageBytes;
+  const int query_bytes = Config::kGroups * Config::kQueryBytes;
+  // A second Q hides the latency of a tile's beginning; two stages of keys matter more.
+  for (l.query_buffers = 2; l.query_buffers >= 1; --l.query_buffers) {
+    l.stages_at = l.queries + l.query_buffers * query_bytes;
+    l.stages = (shared_bytes - l.stages_at) / Config::kStageBytes;
+    if (l.stages >= 2 || (l.query_buffers == 1 && l.stages >= 1)) break;
+  }
   if (l.stages > Config::kMaxStages) l.stages = Config::kMaxStages;
   l.bytes = l.stages_at + l.stages * Config::kStageBytes;
   return l;

@@ -20,25 +20,22 @@ struct Maps {
 };
 
 template <typename Config>
-using Query = device::RegisterOperand<Config::kDk>;
-
-template <typename Config>
 struct Shared {
   uint32_t base;
   const Layout& layout;
-  int stage = 0;
+  int stage = 0, buffer = 0;
   unsigned phase = 0, query_phase = 0;
 
-  __device__ __forceinline__ uint32_t full_q() const { return base; }
-  __device__ __forceinline__ uint32_t empty_q() const { return base + 8; }
-  __device__ __forceinline__ uint32_t full() const { return base + 16 + 16 * stage; }
+  __device__ __forceinline__ uint32_t full_q() const { return base + 16 * buffer; }
+  __device__ __forceinline__ uint32_t empty_q() const { return full_q() + 8; }
+  __device__ __forceinline__ uint32_t full() const { return base + 32 + 16 * stage; }
   __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
   __device__ __forceinline__ uint32_t query(int group) const {
-    return base + layout.queries + group * Config::kQueryBytes;
+    return base + layout.queries + (buffer * Config::kGroups + group) * Config::kQueryBytes;
   }
   __device__ __forceinline__ uint32_t keys() const { return base + layout.stages_at + stage * Config::kStageBytes; }
   __device__ __forceinline__ void init() const {
-    for (int i = 0; i < 1 + layout.stages; ++i) {
+    for (int i = 0; i < 2 + layout.stages; ++i) {
       device::barrier_init(base + 16 * i, 1);
       device::barrier_init(base + 16 * i + 8, 4 * Config::kGroups);
     }
@@ -47,6 +44,12 @@ struct Shared {
     if (++stage == layout.stages) {
       stage = 0;
       phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void advance_query() {
+    if (++buffer == layout.query_buffers) {
+      buffer = 0;
+      query_phase ^= 1;
     }
   }
 };
@@ -75,7 +78,7 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
                                64 * c, tile.head * a.group, place.y, place.x);
       }
     }
-    shared.query_phase ^= 1;
+    shared.advance_query();
     const int2 place = a.k.batch_and_row(tile.first_key);
     for (int i = 0; i < stages; ++i) {
       device::barrier_wait(shared.empty(), shared.phase ^ 1);
@@ -95,14 +98,14 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
 
 // Scores of 64 rows and half a stage: classes 2 kHalf and 2 kHalf + 1 of its keys.
 template <typename Config, int kHalf>
-__device__ __forceinline__ void start_scores(float (&s)[8][4], const Query<Config>& query, uint32_t keys) {
-  const uint64_t from = device::matrix_descriptor(keys + kHalf * 64 * 128);
+__device__ __forceinline__ void start_scores(float (&s)[8][4], uint32_t query, uint32_t keys) {
+  const uint64_t from_a = device::matrix_descriptor(query), from_b = device::matrix_descriptor(keys + kHalf * 64 * 128);
   device::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kDk / 16; ++step) {
     device::Wgmma<typename Config::Element, 64>::rows(
-        s, query.fragments[step],
-        device::advance(from, step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + step % 4 * 32), step > 0);
+        s, device::advance(from_a, step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32),
+        device::advance(from_b, step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + step % 4 * 32), step > 0);
   }
   device::wgmma_commit();
 }
@@ -137,7 +140,7 @@ __device__ __forceinline__ void pool_half(const SelectionArgs& a, Group<Config, 
 // Half a stage is pooled under the next half's product, and the list's work goes under the next stage's first. No
 // product is in flight where the loop closes: ptxas would serialise them all.
 template <typename Config, bool kWhole>
-__device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, const Query<Config>& query,
+__device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, uint32_t query,
                                      Group<Config, kWhole>& group, int stages, int warp, int lane) {
   float low[8][4], high[8][4];
   device::barrier_wait(shared.full(), shared.phase);
@@ -166,6 +169,7 @@ __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& sha
     device::wgmma_wait<0>();
     device::hold(low);
   }
+  release(shared.empty_q(), lane);
 }
 
 template <typename Config, bool kWhole>
@@ -191,14 +195,8 @@ __device__ __forceinline__ void consume(const SelectionArgs& a, Shared<Config>& 
       group.seen_by_all = __shfl_sync(device::kFullWarp, tile.keys_of(a, group_token), 0);
       group.pool.reset();
       device::barrier_wait(shared.full_q(), shared.query_phase);
-      Query<Config> query;
-      const device::SharedOperand<Config::kDk, BoxTile<Config::kDk, 64>> rows(shared.query(nth) + warp % 4 * 16 * 128,
-                                                                              lane);
-#pragma unroll
-      for (int step = 0; step < Config::kDk / 16; ++step) rows.load(query.fragments[step], step);
-      device::arrive_for_warp(shared.empty_q(), lane);
-      shared.query_phase ^= 1;
-      scan<Config, kWhole>(a, shared, query, group, stages, warp, lane);
+      scan<Config, kWhole>(a, shared, shared.query(nth), group, stages, warp, lane);
+      shared.advance_query();
     }
     for (int token = warp % 4; token < group.number; token += 4)
       device::write_blocks(a, group.tokens, token, tile.first_token + group_token + token, tile.head, lane);
