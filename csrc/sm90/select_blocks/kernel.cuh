@@ -104,7 +104,7 @@ __device__ __forceinline__ void start_scores(float (&s)[8][4], uint32_t query, u
   for (int step = 0; step < Config::kDk / 16; ++step) {
     const uint32_t a = query + step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32;
     const uint32_t b = keys + step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + kHalf * 64 * 128 + step % 4 * 32;
-    device::Wgmma<typename Config::Element, 64>::rows(s, device::matrix_descriptor(a), device::matrix_descriptor(b),
+    device::Wgmma<typename Config::Element, 64>::rows(s, device::matrix_descriptor(a, 16), device::matrix_descriptor(b, 16),
                                                       step > 0);
   }
   device::wgmma_commit();
