@@ -48,12 +48,13 @@ struct OnlineSoftmax {
         }
       }
     }
-    float highest[2] = {-INFINITY, -INFINITY};
+    float chain[4] = {s[0][0], s[0][1], s[0][2], s[0][3]};  // four, so that each step's latency hides
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
+    for (int n = 1; n < kColumns; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) highest[i / 2] = fmaxf(highest[i / 2], s[n][i]);
+      for (int i = 0; i < 4; ++i) chain[i] = fmaxf(chain[i], s[n][i]);
     }
+    float highest[2] = {fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3])};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 1));

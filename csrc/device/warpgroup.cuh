@@ -42,7 +42,7 @@ __device__ __forceinline__ void copy_queries(uint32_t to, const CUtensorMap* map
 // A descriptor that ptxas knows to be the same in all lanes: steps along the operand are then additions to a uniform
 // register, where they took ten instructions each.
 __device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared, uint32_t leading = 16) {
-  return matrix_descriptor(__shfl_sync(kFullWarp, shared, 0), leading);
+  return whole_descriptor(__shfl_sync(kFullWarp, low_descriptor(shared, leading), 0));
 }
 // `bytes` further; the address counts 16 bytes and stays below 256 KiB.
 __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }

@@ -34,9 +34,15 @@ __device__ __forceinline__ void hold(float (&acc)[kCount][4]) {
 
 // Shared-memory matrix of rows of 64 elements (128 bytes, 128-byte swizzle), 8 rows every 1024 bytes. Bytes of
 // `leading` part two such columns of boxes; it only counts for a transposed operand.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t leading = 16) {
+__device__ __forceinline__ uint32_t low_descriptor(uint32_t shared, uint32_t leading) {
+  return leading >> 4 << 16 | ((shared & 0x3ffff) >> 4);
+}
+__device__ __forceinline__ uint64_t whole_descriptor(uint32_t low) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kStride = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kStride | uint64_t{leading >> 4} << 16 | ((shared & 0x3ffff) >> 4);
+  return kSwizzle128 | kStride | low;
+}
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t shared, uint32_t leading = 16) {
+  return whole_descriptor(low_descriptor(shared, leading));
 }
 
 // m64nNk16, fp32 accumulators:
