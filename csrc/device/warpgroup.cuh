@@ -50,7 +50,8 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes)
 // acc[64 x 64 rows of b] = a b^T, both BoxTiles of 64 columns a box; a of 64 rows.
 template <typename Element, int kDim, int kRows>
 __device__ __forceinline__ void start_transposed(float (&acc)[kRows / 8][4], uint32_t a, uint32_t b) {
-  const uint64_t from_a = uniform_descriptor(a), from_b = uniform_descriptor(b);
+  // a stays the same from stage to stage: its low word, made before the shuffle, would be kept in a register
+  const uint64_t from_a = matrix_descriptor(__shfl_sync(kFullWarp, a, 0)), from_b = uniform_descriptor(b);
 #pragma unroll
   for (int step = 0; step < kDim / 16; ++step) {
     Wgmma<Element, kRows>::rows(acc, advance(from_a, step / 4 * BoxTile<kDim, 64>::kBoxBytes + step % 4 * 32),
