@@ -53,7 +53,7 @@ file(CONFIGURE OUTPUT generated/build_values.h @ONLY CONTENT [[
 ]])
 target_include_directories(nsa_cuda PRIVATE ${CMAKE_CURRENT_BINARY_DIR}/generated)
 
-if(NOT SKBUILD)
+if(NOT NSA_FOR_WHEEL)
   # Before 1.0 a minor version may change the structs. A wheel has no place for the links that SOVERSION needs.
   set_target_properties(nsa_cuda PROPERTIES
     VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR}.${PROJECT_VERSION_MINOR})
