@@ -197,9 +197,9 @@ struct RowVisibility {
 };
 
 // S^T -> P^T and dP^T -> dS^T for 16 keys (this lane: two of them) x 8 kColumns query rows, in place; the rows follow
-// `first_row` of the item. lse2, delta: of the first row, in shared memory, 4 bytes a row. masked: not all is seen, or some gate
-// is negative; that is a pass of its own, which most stages don't need. A branch for every 8 rows instead kept ptxas
-// from moving loads ahead of their use: 40 % of the Hopper kernel's time went there.
+// `first_row` of the item. lse2, delta: of the first row, in shared memory, 4 bytes a row. masked: not all is seen, or
+// some gate is negative; that is a pass of its own, which most stages don't need. A branch for every 8 rows instead
+// kept ptxas from moving loads ahead of their use: 40 % of the Hopper kernel's time went there.
 template <int kColumns>
 __device__ __forceinline__ void range_probabilities(float (&p)[kColumns][4], uint32_t lse2, uint32_t delta,
                                                     int first_row, const RowVisibility& sees, bool masked,

@@ -42,9 +42,8 @@ __device__ __forceinline__ void load_rows(const RangeBackwardArgs& a, const Item
   }
   if (part == 0) {
     const int heads = a.num_heads_k * a.group;
-    const cuda::RowStats* stats = a.stats + static_cast<int64_t>(token) * heads + head;
-    device::copy_small_async<4>(stage + Config::kLse + 4 * row, &stats->lse2, real);
-    device::copy_small_async<4>(stage + Config::kDelta + 4 * row, &stats->delta, real);
+    device::copy_row_stats(stage + Config::kLse + 4 * row, stage + Config::kDelta + 4 * row,
+                           a.stats + static_cast<int64_t>(token) * heads + head, real);
   }
 }
 

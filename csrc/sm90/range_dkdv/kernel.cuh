@@ -77,8 +77,7 @@ __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& 
       const bool real = row < rows;  // zeros else
       const int64_t at =
           static_cast<int64_t>(item.begin + (real ? step : 0)) * heads + item.head * a.group + row - step * a.group;
-      device::copy_small_async<4>(to + Config::kLse + 4 * r, &a.stats[at].lse2, real);
-      device::copy_small_async<4>(to + Config::kDelta + 4 * r, &a.stats[at].delta, real);
+      device::copy_row_stats(to + Config::kLse + 4 * r, to + Config::kDelta + 4 * r, a.stats + at, real);
     }
     device::barrier_arrive_after_copies(shared.full());
     shared.advance();
@@ -160,7 +159,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     const bool masked = first < seen.first_of_all || first + kRows > seen.end_of_all;
     device::RowVisibility sees = {};
     if (masked) sees.fetch(sees_at);
-    device::range_probabilities(p, stage + Config::kLse, stage + Config::kDelta, first, sees, masked, a.scale_log2, lane);
+    device::range_probabilities(p, stage + Config::kLse, stage + Config::kDelta, first, sees, masked, a.scale_log2,
+                                lane);
     device::round_to_operand<Element, kRows>(p_operand, p);
     device::hold(sums.dv);
     device::wgmma_fence();
