@@ -100,41 +100,39 @@ struct KeySums {
 };
 
 // S^T -> P^T for 16 keys (this lane: key, key + 8) x 8 kColumns query rows, in place.
-// stats: {lse2, delta} of the first row, 8 bytes a row; last_keys: 4 bytes a row, read where masked: where not all is
-// seen, or some gate is negative.
+// lse2, delta, last_keys: of the first row, in shared memory, 4 bytes a row; the last two are read where masked: where
+// not all is seen, or some gate is negative.
 template <int kColumns>
-__device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], uint32_t stats, uint32_t last_keys, int key,
-                                                  bool masked, float scale_log2, int lane) {
+__device__ __forceinline__ void key_probabilities(float (&p)[kColumns][4], uint32_t lse2, uint32_t delta,
+                                                  uint32_t last_keys, int key, bool masked, float scale_log2,
+                                                  int lane) {
   const int row = 2 * (lane & 3);
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
-    const float lse2[2] = {two.x, two.z};
+    const float2 two = load_shared_float2(lse2 + 4 * (8 * n + row));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[n][i] = exp2_approx(p[n][i] * scale_log2 - lse2[i % 2]);
+    for (int i = 0; i < 4; ++i) p[n][i] = exp2_approx(p[n][i] * scale_log2 - (i % 2 ? two.y : two.x));
   }
   if (!masked) return;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
+    const float2 two = load_shared_float2(delta + 4 * (8 * n + row));
     const int2 last = load_shared_pair(last_keys + 4 * (8 * n + row));
-    const float delta[2] = {two.y, two.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      p[n][i] = key + 8 * (i / 2) <= (i % 2 ? last.y : last.x) ? signed_by(delta[i % 2], p[n][i]) : 0.f;
+      p[n][i] = key + 8 * (i / 2) <= (i % 2 ? last.y : last.x) ? signed_by(i % 2 ? two.y : two.x, p[n][i]) : 0.f;
   }
 }
 
 // dP^T -> dS^T of the same, in place.
 template <int kColumns>
-__device__ __forceinline__ void key_gradients(const float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t stats,
+__device__ __forceinline__ void key_gradients(const float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t delta,
                                               int lane) {
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + 2 * (lane & 3)));
-    const float delta[2] = {two.y, two.w};
+    const float2 two = load_shared_float2(delta + 4 * (8 * n + 2 * (lane & 3)));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[i % 2]);
+    for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? two.y : two.x));
   }
 }
 

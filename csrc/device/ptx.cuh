@@ -27,6 +27,12 @@ __device__ __forceinline__ int2 load_shared_pair(uint32_t shared) {
   return value;
 }
 
+__device__ __forceinline__ float2 load_shared_float2(uint32_t shared) {
+  float2 value;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(shared) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ float4 load_shared_float4(uint32_t shared) {
   float4 value;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

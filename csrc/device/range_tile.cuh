@@ -197,42 +197,39 @@ struct RowVisibility {
 };
 
 // S^T -> P^T and dP^T -> dS^T for 16 keys (this lane: two of them) x 8 kColumns query rows, in place; the rows follow
-// `first_row` of the item. stats: {lse2, delta} of the first row, 8 bytes a row. masked: not all is seen, or some gate
-// is negative; that is a pass of its own, which most stages don't need. A branch for every 8 rows instead kept ptxas
-// from moving loads ahead of their use: 40 % of the Hopper kernel's time went there.
+// `first_row` of the item. lse2, delta: of the first row, in shared memory, 4 bytes a row. masked: not all is seen, or
+// some gate is negative; that is a pass of its own, which most stages don't need. A branch for every 8 rows instead
+// kept ptxas from moving loads ahead of their use: 40 % of the Hopper kernel's time went there.
 template <int kColumns>
-__device__ __forceinline__ void range_probabilities(float (&p)[kColumns][4], uint32_t stats, int first_row,
-                                                    const RowVisibility& sees, bool masked, float scale_log2,
-                                                    int lane) {
+__device__ __forceinline__ void range_probabilities(float (&p)[kColumns][4], uint32_t lse2, uint32_t delta,
+                                                    int first_row, const RowVisibility& sees, bool masked,
+                                                    float scale_log2, int lane) {
   const int row = 2 * (lane & 3);
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
-    const float lse2[2] = {two.x, two.z};
+    const float2 two = load_shared_float2(lse2 + 4 * (8 * n + row));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) p[n][i] = exp2_approx(p[n][i] * scale_log2 - lse2[i % 2]);
+    for (int i = 0; i < 4; ++i) p[n][i] = exp2_approx(p[n][i] * scale_log2 - (i % 2 ? two.y : two.x));
   }
   if (!masked) return;
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
-    const float delta[2] = {two.y, two.w};
+    const float2 two = load_shared_float2(delta + 4 * (8 * n + row));
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      p[n][i] = sees.sees(i / 2, first_row + 8 * n + row + i % 2) ? signed_by(delta[i % 2], p[n][i]) : 0.f;
+      p[n][i] = sees.sees(i / 2, first_row + 8 * n + row + i % 2) ? signed_by(i % 2 ? two.y : two.x, p[n][i]) : 0.f;
   }
 }
 
 template <int kColumns>
-__device__ __forceinline__ void range_gradients(const float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t stats,
+__device__ __forceinline__ void range_gradients(const float (&p)[kColumns][4], float (&ds)[kColumns][4], uint32_t delta,
                                                 int first_row, const RowVisibility& sees, bool masked, int lane) {
   const int row = 2 * (lane & 3);
 #pragma unroll
   for (int n = 0; n < kColumns; ++n) {
-    const float4 two = load_shared_float4(stats + 8 * (8 * n + row));
-    const float delta[2] = {two.y, two.w};
+    const float2 two = load_shared_float2(delta + 4 * (8 * n + row));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[i % 2]);
+    for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - (i % 2 ? two.y : two.x));
   }
   if (!masked) return;
 #pragma unroll

@@ -3,7 +3,16 @@
 // one costs nothing: neither instructions nor a register.
 #pragma once
 
+#include "common/kernel_args.h"
+#include "device/ptx.cuh"
+
 namespace nsa::device {
+
+// A row's {lse2, delta} into two arrays: P needs the first, dS the second, and a load of both wastes half.
+__device__ __forceinline__ void copy_row_stats(uint32_t lse2, uint32_t delta, const cuda::RowStats* stats, bool real) {
+  copy_small_async<4>(lse2, &stats->lse2, real);
+  copy_small_async<4>(delta, &stats->delta, real);
+}
 
 __device__ __forceinline__ float with_sign(float delta, bool negative) {
   return __uint_as_float((__float_as_uint(delta) & ~1u) | (negative ? 1u : 0u));

@@ -11,7 +11,8 @@ struct StageFlags {
   static constexpr int kMaxUnits = 12;
   static constexpr unsigned kAny = (1u << kMaxUnits) - 1, kAll = kAny << kMaxUnits;
   static constexpr unsigned kLast = 0x80000000u;  // the tile's last stage
-  // In no warpgroup did more than two units choose a block of the stage: half of wgmma's 64 rows, or more, would be waste.
+  // In no warpgroup did more than two units choose a block of the stage: half of wgmma's 64 rows, or more, would be
+  // waste.
   static constexpr unsigned kAlone = 0x40000000u;
   // any_bits: of one block
   static __device__ __forceinline__ unsigned alone(unsigned any_bits) {

@@ -10,8 +10,8 @@
 // While one stage is weighed, the tensor cores do the sum of the stage before: without that overlap the tensor cores
 // stood still for a third of the time.
 //
-// The tile's last stages are those that no three units of a warpgroup share. There the warps part: each takes the stages
-// of its own unit alone, and up to as many stages are at work as the ring has.
+// The tile's last stages are those that no three units of a warpgroup share. There the warps part: each takes the
+// stages of its own unit alone, and up to as many stages are at work as the ring has.
 #pragma once
 
 #include "device/tma_producer.cuh"

@@ -32,8 +32,8 @@ struct Config {
   static constexpr int kBlockBytes = kKeyBytes + kKeys * device::Tile<kDv>::kRowBytes;
   // A stage: Q rows, dO rows, {lse2, delta} of each row.
   static constexpr int kDout = kRows * device::Tile<kDk>::kRowBytes;
-  static constexpr int kStats = kDout + kRows * device::Tile<kDv>::kRowBytes;
-  static constexpr int kStageBytes = kStats + 8 * kRows;
+  static constexpr int kLse = kDout + kRows * device::Tile<kDv>::kRowBytes, kDelta = kLse + 4 * kRows;
+  static constexpr int kStageBytes = kDelta + 4 * kRows;
   static constexpr int kMaxStages = (99 * 1024 - kBlockBytes) / kStageBytes;
   static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
   static constexpr int kSharedBytes = kBlockBytes + kStages * kStageBytes;

@@ -42,8 +42,8 @@ __device__ __forceinline__ void load_rows(const RangeBackwardArgs& a, const Item
   }
   if (part == 0) {
     const int heads = a.num_heads_k * a.group;
-    device::copy_small_async<8>(stage + Config::kStats + 8 * row, a.stats + static_cast<int64_t>(token) * heads + head,
-                                real);
+    device::copy_row_stats(stage + Config::kLse + 4 * row, stage + Config::kDelta + 4 * row,
+                           a.stats + static_cast<int64_t>(token) * heads + head, real);
   }
 }
 
@@ -58,7 +58,7 @@ __device__ __forceinline__ void attend(uint32_t block, uint32_t stage, int slice
   constexpr int kSlice = Config::kSlice;
   const uint32_t q = stage + slice * TileK::kRowBytes;
   const uint32_t dout = stage + Config::kDout + slice * TileV::kRowBytes;
-  const uint32_t stats = stage + Config::kStats + 8 * slice;
+  const uint32_t lse2 = stage + Config::kLse + 4 * slice, delta = stage + Config::kDelta + 4 * slice;
   float p[kSlice / 8][4], ds[kSlice / 8][4];
   device::clear(p);
   device::clear(ds);
@@ -67,8 +67,8 @@ __device__ __forceinline__ void attend(uint32_t block, uint32_t stage, int slice
   device::multiply_transposed<Element, Config::kDv, kSlice>(
       ds, device::SharedOperand<Config::kDv>(block + Config::kKeyBytes + key_tile * 16 * TileV::kRowBytes, lane), dout,
       lane);
-  device::range_probabilities(p, stats, first_row, sees, masked, scale_log2, lane);
-  device::range_gradients(p, ds, stats, first_row, sees, masked, lane);
+  device::range_probabilities(p, lse2, delta, first_row, sees, masked, scale_log2, lane);
+  device::range_gradients(p, ds, delta, first_row, sees, masked, lane);
   uint32_t operand[kSlice / 16][4];
   device::round_to_operand<Element, kSlice>(operand, p);
   device::multiply<Element, Config::kDv, kSlice, Config::kDvColumns>(sums.dv, operand,

@@ -30,8 +30,8 @@ struct Config {
   static constexpr int kBlockBytes = kKeyBytes + kKeys * device::Tile<kDv>::kRowBytes;
   // A stage: Q rows, dO rows, {lse2, delta} and the last visible key of each row.
   static constexpr int kDout = kRows * device::Tile<kDk>::kRowBytes;
-  static constexpr int kStats = kDout + kRows * device::Tile<kDv>::kRowBytes;
-  static constexpr int kLastKeys = kStats + 8 * kRows;
+  static constexpr int kLse = kDout + kRows * device::Tile<kDv>::kRowBytes;
+  static constexpr int kDelta = kLse + 4 * kRows, kLastKeys = kDelta + 4 * kRows;
   static constexpr int kStageBytes = kLastKeys + 4 * kRows;
 
   static constexpr int kMaxStages = 8;

@@ -49,8 +49,8 @@ struct Gather {
     }
     if (part == 0) {  // rows that don't exist become zeros everywhere, and so does what they add
       const int heads = a.num_heads_k * a.group;
-      device::copy_small_async<8>(stage + Config::kStats + 8 * row,
-                                  a.stats + static_cast<int64_t>(token) * heads + head, real);
+      device::copy_row_stats(stage + Config::kLse + 4 * row, stage + Config::kDelta + 4 * row,
+                             a.stats + static_cast<int64_t>(token) * heads + head, real);
       device::copy_small_async<4>(stage + Config::kLastKeys + 4 * row, a.plan.last_key + token, real);
     }
     device::barrier_arrive_after_copies(full);
@@ -83,10 +83,10 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, uint32_t block, ui
   device::multiply_transposed<Element, Config::kDv, kSlice>(
       ds, device::SharedOperand<Config::kDv>(block + Config::kKeyBytes + place.key_tile * 16 * TileV::kRowBytes, lane),
       dout, lane);
-  const uint32_t stats = stage + Config::kStats + 8 * first_row;
-  device::key_probabilities(p, stats, stage + Config::kLastKeys + 4 * first_row,
+  const uint32_t delta = stage + Config::kDelta + 4 * first_row;
+  device::key_probabilities(p, stage + Config::kLse + 4 * first_row, delta, stage + Config::kLastKeys + 4 * first_row,
                             first_key + 16 * place.key_tile + lane / 4, masked, a.scale_log2, lane);
-  device::key_gradients(p, ds, stats, lane);
+  device::key_gradients(p, ds, delta, lane);
   uint32_t operand[kSlice / 16][4];
   device::round_to_operand<Element, kSlice>(operand, p);
   device::multiply<Element, Config::kDv, kSlice, Config::kDvColumns>(sums.dv, operand,

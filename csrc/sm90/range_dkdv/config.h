@@ -28,10 +28,10 @@ struct Config {
   static constexpr int kKeyBytes = 64 * 2 * kDk, kBlockBytes = kKeyBytes + 64 * 2 * kDv;
   using RowTileQ = device::BoxTile<kDk, kRows>;
   using RowTileDout = device::BoxTile<kDv, kRows>;
-  // A stage: Q rows, dO rows, {lse2, delta} of each row.
+  // A stage: Q rows, dO rows, lse2 and delta of each row.
   static constexpr int kDout = 2 * kRows * kDk, kRowBytes = kDout + 2 * kRows * kDv;
-  static constexpr int kStats = kRowBytes;
-  static constexpr int kStageBytes = (kStats + 8 * kRows + 1023) / 1024 * 1024;
+  static constexpr int kLse = kRowBytes, kDelta = kLse + 4 * kRows;
+  static constexpr int kStageBytes = (kDelta + 4 * kRows + 1023) / 1024 * 1024;
   // Barriers; the rows that see each key; K and V; stages.
   static constexpr int kSeen = 256, kBlocks = 2048;
   static constexpr int kStagesAt = kBlocks + kKeys / 64 * kBlockBytes;

@@ -77,7 +77,7 @@ __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& 
       const bool real = row < rows;  // zeros else
       const int64_t at =
           static_cast<int64_t>(item.begin + (real ? step : 0)) * heads + item.head * a.group + row - step * a.group;
-      device::copy_small_async<8>(to + Config::kStats + 8 * r, a.stats + at, real);
+      device::copy_row_stats(to + Config::kLse + 4 * r, to + Config::kDelta + 4 * r, a.stats + at, real);
     }
     device::barrier_arrive_after_copies(shared.full());
     shared.advance();
@@ -159,7 +159,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     const bool masked = first < seen.first_of_all || first + kRows > seen.end_of_all;
     device::RowVisibility sees = {};
     if (masked) sees.fetch(sees_at);
-    device::range_probabilities(p, stage + Config::kStats, first, sees, masked, a.scale_log2, lane);
+    device::range_probabilities(p, stage + Config::kLse, stage + Config::kDelta, first, sees, masked, a.scale_log2,
+                                lane);
     device::round_to_operand<Element, kRows>(p_operand, p);
     device::hold(sums.dv);
     device::wgmma_fence();
@@ -170,7 +171,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     device::wgmma_wait<1>();  // dP; dV goes on
     device::hold(ds);
     if (masked) sees.fetch(sees_at);  // again, rather than kept in registers
-    device::range_gradients(p, ds, stage + Config::kStats, first, sees, masked, lane);
+    device::range_gradients(p, ds, stage + Config::kDelta, first, sees, masked, lane);
     device::round_to_operand<Element, kRows>(ds_operand, ds);
     device::hold(sums.dk);
     device::wgmma_fence();

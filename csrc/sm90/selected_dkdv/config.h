@@ -35,8 +35,8 @@ struct Config {
 
   // A stage: Q rows, dO rows, {lse2, delta} and the last visible key of each row.
   static constexpr int kDout = 2 * kRows * kDk;
-  static constexpr int kStats = kDout + 2 * kRows * kDv;
-  static constexpr int kLastKeys = kStats + 8 * kRows;
+  static constexpr int kLse = kDout + 2 * kRows * kDv;
+  static constexpr int kDelta = kLse + 4 * kRows, kLastKeys = kDelta + 4 * kRows;
   static constexpr int kStageBytes = (kLastKeys + 4 * kRows + 1023) / 1024 * 1024;
 
   static constexpr int kMaxStages = 8;

@@ -119,7 +119,7 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
       const int r = 16 * pass + thread / 8;
       if (chunk == 0) {  // rows that don't exist become zeros everywhere, and so does what they add
         const cuda::RowStats* stats = a.stats + (static_cast<int64_t>(token) * heads + first_head + row.head);
-        device::copy_small_async<8>(stage + Config::kStats + 8 * r, stats, real);
+        device::copy_row_stats(stage + Config::kLse + 4 * r, stage + Config::kDelta + 4 * r, stats, real);
       } else if (chunk == 1) {
         device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + token, real);
       }
@@ -167,8 +167,8 @@ __device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMa
       }
     }
     if (lane < 16) {  // rows that don't exist become zeros here too
-      device::copy_small_async<8>(stage + Config::kStats + 8 * r, a.stats + (static_cast<int64_t>(from) * heads + head),
-                                  real);
+      device::copy_row_stats(stage + Config::kLse + 4 * r, stage + Config::kDelta + 4 * r,
+                             a.stats + (static_cast<int64_t>(from) * heads + head), real);
     } else {
       device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
     }
@@ -211,7 +211,7 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
       ring.advance();
     }
     device::barrier_wait(ring.full(ring.stage), ring.phase);
-    const uint32_t stage = ring.data(), stats = stage + Config::kStats;
+    const uint32_t stage = ring.data(), delta = stage + Config::kDelta;
     device::fence_shared_for_wgmma();
     device::wgmma_fence();
     device::start_transposed<Element, Config::kDk, kRows>(p, block, stage);
@@ -225,10 +225,11 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
     const bool masked = device::load_shared(stage + Config::kLastKeys) < unmasked_from;
     device::wgmma_wait<1>();
     device::hold(p);
-    device::key_probabilities(p, stats, stage + Config::kLastKeys, key, masked, a.scale_log2, lane);
+    device::key_probabilities(p, stage + Config::kLse, delta, stage + Config::kLastKeys, key, masked, a.scale_log2,
+                              lane);
     device::wgmma_wait<0>();
     device::hold(ds);
-    device::key_gradients(p, ds, stats, lane);
+    device::key_gradients(p, ds, delta, lane);
     device::round_to_operand<Element, kRows>(p_operand, p);
     device::round_to_operand<Element, kRows>(ds_operand, ds);
     device::wgmma_fence();
