@@ -16,16 +16,28 @@ __device__ __forceinline__ void give_registers() {
 }
 
 // Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist
-// become zeros.
+// become zeros. Eight lanes take a row, four rows at a time; a division a row and chunk would be half of all instructions
+// between two tiles.
 template <int kDim>
 __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg& from, const QueryTile& tile,
                                           const Unit& unit, int group, int warp, int lane) {
   using Boxes = BoxTile<kDim, 64>;
-  for (int i = lane; i < 16 * Boxes::kChunks; i += 32) {
-    const int r = i / Boxes::kChunks, chunk = i - r * Boxes::kChunks;
-    const QueryTile::Row row = tile.row(unit, r, group);
-    const char* source = row.real ? from.at(row.token, row.head) + 16 * chunk : from.data;
-    copy16_async(boxes + Boxes::offset(16 * (warp % 4) + r, chunk), source, row.real);
+  const int first = lane / 8, chunk = lane % 8;
+  QueryTile::Row row = tile.row(unit, first, group);
+  int in_group = row.head - tile.head * group;
+#pragma unroll 1  // the last tile's O is still in registers
+  for (int r = 0; r < 16; r += 4) {
+    const char* source = from.data;
+    if (row.real) source = from.at(row.token, row.head) + 16 * chunk;
+    const uint32_t to = boxes + Boxes::offset(16 * (warp % 4) + first + r, chunk);
+#pragma unroll
+    for (int c = 0; c < kDim / 64; ++c) copy16_async(to + c * Boxes::kBoxBytes, source + 128 * c, row.real);
+    row.head += 4;
+    for (in_group += 4; in_group >= group; in_group -= group) {
+      row.head -= group;
+      ++row.token;
+    }
+    row.real = unit.real && row.token < unit.end_token;
   }
 }
 
