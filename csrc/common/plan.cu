@@ -5,7 +5,7 @@
 
 #include "common/integers.h"
 #include "common/sequences.cuh"
-#include "device/ptx.cuh"
+#include "device/warp_scan.cuh"
 
 namespace nsa::cuda {
 namespace {
@@ -198,13 +198,9 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, P
       for (int base = 0; base < words; base += 32) {
         unsigned bits = base + lane < words ? bitmap[base + lane] : 0;
         const int mine = __popc(bits);
-        int before = mine;
-        for (int step = 1; step < 32; step *= 2) {
-          const int below = __shfl_up_sync(kFullWarp, before, step);
-          if (lane >= step) before += below;
-        }
-        int position = written + before - mine;
-        written += __shfl_sync(kFullWarp, before, 31);
+        const int up_to = device::sum_up_to_lane(mine, lane);
+        int position = written + up_to - mine;
+        written += __shfl_sync(kFullWarp, up_to, 31);
         for (; bits; bits &= bits - 1)
           out[position++] = place.first_block + window + (base + lane) * 32 + __ffs(bits) - 1;
       }

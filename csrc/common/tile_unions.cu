@@ -1,8 +1,10 @@
-// The unions of the query tiles' lists: one warp a tile. 64 warps an SM hide the walk's latency, which a kernel's
-// single producer warp can't.
+// The unions of the query tiles' lists, one warp a tile: gathered in shared memory where they fit, else walked.
 #include <cuda_runtime.h>
 
-#include "device/tile_union.cuh"
+#include <algorithm>
+#include <bit>
+
+#include "device/block_union.cuh"
 
 namespace nsa::cuda {
 namespace {
@@ -12,22 +14,27 @@ using device::kFullWarp;
 constexpr int kWarps = 4;
 constexpr int kMaxTokens = 16 * device::StageFlags::kMaxUnits;  // of a tile
 constexpr int kWords = kMaxTokens / 32;
+// Of lists gathered in shared memory: what a CTA may have without asking, and entries a tile. Beyond them the lists are
+// walked, as with G = 1 and more than 1700 blocks.
+constexpr int kSharedBytes = 48 * 1024;
+constexpr int kMaxEntries = 1 << 14;
 
 // Tokens that a tile can touch: all of its rows, the first of which may be a token's last head.
 int max_tokens(int warps, int group) { return (16 * warps + group - 2) / group + 1; }
 
+// Any number of tokens, entries and blocks.
 __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions unions, int num_tiles, int group) {
   const int number = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (number >= num_tiles) return;
   const device::QueryTile tile(number, unions.tiles_per_head, unions.warps);
-  const int2 tokens = tile.tokens(plan.units, unions.warps, group);
+  const device::UnitTokens unit(plan, tile, unions.warps, group, lane);
+  const int2 tokens = unit.of_tile;
   int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words;
   int2 count = {0, 0};
   if (tokens.y > 0) {
     device::BlockWalk<kWords> walk;
     walk.start(plan.lists + (static_cast<int64_t>(tile.head) * plan.total_q + tokens.x) * plan.list_width,
                plan.list_width, tokens.y, lane);
-    const device::UnitTokens unit(plan, tile, tokens.x, unions.warps, group, lane);
     do {  // a tile with rows has at least one entry
       const int2 block = walk.upcoming() == kNoBlock ? int2{0, 0} : __ldg(plan.blocks + walk.upcoming());
       const unsigned members = walk.next(lane);
@@ -53,6 +60,78 @@ __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions
   if (lane == 0) unions.counts[number] = count;
 }
 
+// An entry, by one lane; members: [words], `stride` apart.
+template <bool kOneWord>
+__device__ __forceinline__ void write_entry(int32_t* entry, int4 head, const unsigned* members, int stride, int words) {
+  if constexpr (kOneWord) {
+    head.w = static_cast<int>(*members);
+    *reinterpret_cast<int4*>(entry) = head;
+  } else {
+    entry[0] = head.x;
+    entry[1] = head.y;
+    entry[2] = head.z;
+    for (int w = 0; w < words; ++w) entry[3 + w] = static_cast<int>(members[w * stride]);
+  }
+}
+
+// What gather_unions is launched with.
+struct Gathering {
+  int capacity;      // blocks of a union
+  int shared_bytes;  // a warp
+  int part_bits;     // parts a block, 2 to the power of
+  int token_step;    // 32 / list width
+};
+
+// The same entries, 32 at a time. At most kWarps warps a CTA.
+template <bool kOneWord>
+__global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
+    gather_unions(Plan plan, TileUnions unions, int num_tiles, int group, Gathering args) {
+  extern __shared__ __align__(16) char shared[];
+  using device::StageFlags;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int number = blockIdx.x * (blockDim.x / 32) + warp;
+  if (number >= num_tiles) return;
+  const device::QueryTile tile(number, unions.tiles_per_head, unions.warps);
+  const int words = kOneWord ? 1 : unions.words - 3;
+  const device::BlockUnion gathered(shared + warp * args.shared_bytes, args.capacity, words, args.token_step);
+  const device::UnitTokens unit(plan, tile, unions.warps, group, lane);
+  const int2 tokens = unit.of_tile;
+  int2 count = {0, 0};
+  if (tokens.y > 0) {
+    if (lane < StageFlags::kMaxUnits) gathered.set_unit(lane, unit);
+    const int64_t list = static_cast<int64_t>(tile.head) * plan.total_q + tokens.x;
+    int blocks = gathered.collect(plan.lists + list * plan.list_width, plan.list_width, tokens.y, lane);
+    if (blocks == 0) {  // a tile with rows has at least one entry
+      blocks = 1;
+      if (lane == 0) gathered.blocks[0] = kNoBlock;
+    }
+    __syncwarp();
+    int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words;
+    for (int first = 0; first < blocks << args.part_bits; first += 32) {
+      const int i = (first + lane) >> args.part_bits;
+      const int done = (first + lane - (i << args.part_bits)) * unions.part;
+      const int listed = i < blocks ? gathered.blocks[i] : kNoBlock;
+      const int2 block = listed == kNoBlock ? int2{0, 0} : __ldg(plan.blocks + listed);
+      const bool real = i < blocks && (done == 0 || done < block.y);
+      const int key = block.x + done, valid = min(block.y - done, unions.part);
+      unsigned flags = real ? gathered.flags<kOneWord>(i, key + unions.part - 1) : 0;
+      if (valid < unions.part) flags &= StageFlags::kAny;
+      const unsigned alone = StageFlags::alone(flags);
+      const unsigned front = __ballot_sync(kFullWarp, real && !alone), back = __ballot_sync(kFullWarp, real && alone);
+      if (real) {
+        const unsigned below = (1u << lane) - 1;
+        const int place =
+            alone ? unions.capacity - 1 - count.y - __popc(back & below) : count.x + __popc(front & below);
+        write_entry<kOneWord>(entries + place * unions.words, {key, valid, static_cast<int>(flags | alone), 0},
+                              gathered.members + i, args.capacity, words);
+      }
+      count.x += __popc(front);
+      count.y += __popc(back);
+    }
+  }
+  if (lane == 0) unions.counts[number] = count;
+}
+
 }  // namespace
 
 TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, TileSize size, Carver& carver) {
@@ -73,7 +152,18 @@ TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, Til
 
 Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, int group, cudaStream_t stream) {
   const int tiles = unions.tiles_per_head * num_heads_k;
-  walk_unions<<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(plan, unions, tiles, group);
+  const int parts = plan.block_size / unions.part, words = unions.words - 3;
+  const int64_t entries = static_cast<int64_t>(max_tokens(unions.warps, group)) * plan.list_width;
+  const int64_t bytes = device::BlockUnion::shared_bytes(unions.capacity / parts, words);
+  if (entries == 0 || entries > kMaxEntries || bytes > kSharedBytes) {
+    walk_unions<<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(plan, unions, tiles, group);
+  } else {
+    const int shared = static_cast<int>(bytes), warps = std::min(kWarps, kSharedBytes / shared);
+    const Gathering args = {unions.capacity / parts, shared, std::countr_zero(static_cast<unsigned>(parts)),
+                            32 / plan.list_width};
+    const auto gather = words == 1 ? gather_unions<true> : gather_unions<false>;
+    gather<<<(tiles + warps - 1) / warps, 32 * warps, warps * shared, stream>>>(plan, unions, tiles, group, args);
+  }
   return cuda_status(cudaGetLastError(), "selected attention: merging the block lists");
 }
 

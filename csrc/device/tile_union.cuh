@@ -14,16 +14,10 @@ struct StageFlags {
   // In no warpgroup did more than two units choose a block of the stage: half of wgmma's 64 rows, or more, would be
   // waste.
   static constexpr unsigned kAlone = 0x40000000u;
-  // any_bits: of one block
+  // any_bits: of one block. Three or more of four bits: both of a pair and one of the other.
   static __device__ __forceinline__ unsigned alone(unsigned any_bits) {
-    unsigned shared = 0;
-#pragma unroll
-    for (int unit = 0; unit < kMaxUnits; unit += 4) {
-      unsigned more = any_bits >> unit & 0xf;
-      more &= more - 1;
-      shared |= more & (more - 1);
-    }
-    return shared ? 0 : kAlone;
+    const unsigned both = any_bits & any_bits >> 1, either = any_bits | any_bits >> 1;
+    return ((both & either >> 2) | (both >> 2 & either)) & 0x111 ? 0 : kAlone;
   }
   // Some token of the unit chose a block of the stage.
   static __device__ __forceinline__ unsigned any(int unit) { return 1u << unit; }
@@ -31,20 +25,23 @@ struct StageFlags {
   static __device__ __forceinline__ unsigned all(int unit) { return 1u << (kMaxUnits + unit); }
 };
 
-// What lane u knows of unit u: its tokens as places in the tile, and the last key that all of them see.
+// What lane u knows of unit u: its tokens as places in the tile, and the last key that all of them see. By whole warps.
 struct UnitTokens {
   int first, count;
   int last_key;
+  int2 of_tile;  // {first, number} as QueryTile::tokens() tells, but without a search of its own
 
-  __device__ __forceinline__ UnitTokens(const cuda::Plan& plan, const QueryTile& tile, int tile_token, int warps,
-                                        int group, int lane) {
+  __device__ __forceinline__ UnitTokens(const cuda::Plan& plan, const QueryTile& tile, int warps, int group, int lane) {
     first = count = 0;
     last_key = INT_MAX;
-    if (lane >= warps) return;
-    const Unit unit(plan.units, tile.first_unit + lane, group);
-    if (!unit.real || unit.first_token >= unit.end_token) return;  // or the unit only fills up its run's last 64 rows
-    first = unit.first_token - tile_token;
-    count = unit.last_token(group) - unit.first_token + 1;
+    const Unit unit(plan.units, tile.first_unit + min(lane, warps - 1), group);
+    const int end = unit.real ? unit.last_token(group) + 1 : 0;
+    of_tile.x = __shfl_sync(kFullWarp, unit.first_token, 0);
+    of_tile.y = max(__reduce_max_sync(kFullWarp, end) - of_tile.x, 0);
+    // or the unit only fills up its run's last 64 rows
+    if (lane >= warps || !unit.real || unit.first_token >= unit.end_token) return;
+    first = unit.first_token - of_tile.x;
+    count = end - unit.first_token;
     for (int i = 0; i < count; ++i) last_key = min(last_key, __ldg(plan.last_key + unit.first_token + i));
   }
   __device__ __forceinline__ unsigned everybody() const { return (1u << count) - 1; }
