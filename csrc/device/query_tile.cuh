@@ -143,6 +143,7 @@ struct KeyRing {
       barrier_init(full(s), producer_arrivals);
       barrier_init(empty(s), consumer_warps);
     }
+    publish_barriers();
   }
   __device__ __forceinline__ void advance() {
     if (++stage == stages) {

@@ -38,6 +38,7 @@ struct Shared {
       device::barrier_init(base + 16 + 16 * s, 33);  // boxes; the statistics that each lane copied
       device::barrier_init(empty(s), Config::kConsumers / 32);
     }
+    device::publish_barriers();
   }
   __device__ __forceinline__ void advance() {
     if (++stage == Config::kStages) {

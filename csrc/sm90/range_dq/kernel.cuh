@@ -41,6 +41,7 @@ struct Shared {
       device::barrier_init(full(s), 1);
       device::barrier_init(empty(s), kWarps);
     }
+    device::publish_barriers();
   }
   __device__ __forceinline__ void advance() {
     if (++stage == Config::kStages) {

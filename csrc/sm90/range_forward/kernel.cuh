@@ -49,6 +49,7 @@ struct Shared {
       device::barrier_init(full_v(s), 1);
       device::barrier_init(empty_v(s), kWarps);
     }
+    device::publish_barriers();
   }
   __device__ __forceinline__ void advance() {
     if (++stage == Config::kStages) {

@@ -39,6 +39,7 @@ struct Shared {
       device::barrier_init(base + 16 * i, 1);
       device::barrier_init(base + 16 * i + 8, 4 * Config::kGroups);
     }
+    device::publish_barriers();
   }
   __device__ __forceinline__ void advance() {
     if (++stage == layout.stages) {

@@ -44,8 +44,8 @@ struct Config {
   static constexpr int kBlock = 1024;
   static constexpr int kValues = 2 * kKeys * kDk;
   static constexpr int kStages = kBlock + kValues + 2 * kKeys * kDv;
-  // A warpgroup gives a stage back when its next one is there.
-  static_assert((227 * 1024 - kStages) / kStageBytes > 2 / kReaders);
+  // A warpgroup gives a stage back when its next one is there, so each has two.
+  static_assert((227 * 1024 - kStages) / kStageBytes >= 4 / kReaders);
   static int num_stages(int shared_bytes) {
     const int stages = (shared_bytes - kStages) / kStageBytes;
     return stages < kMaxStages ? stages : kMaxStages;

@@ -20,13 +20,18 @@ struct RowMaps {
   int box_heads;
 };
 
-// The stages' place in shared memory and the turn of one role.
+// The stages' place in shared memory and the turn of one role. Where every stage is one warpgroup's, the first has the
+// even ones and the second the odd ones, of 5 stages 3 and 2: a barrier that served both in turn would pass through
+// phases that neither sees, and a parity can't tell a lap that is still to land from the next.
 template <typename Config>
 struct RowRing {
+  static constexpr int kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
   uint32_t shared;
   int stages;
   int stage = 0;
   unsigned phase = 0;
+  int other_stage = 1;  // the other warpgroup's, for producers
+  unsigned other_phase = 0;
 
   __device__ __forceinline__ uint32_t full(int s) const { return shared + 16 * s; }
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
@@ -38,11 +43,27 @@ struct RowRing {
       device::barrier_init(full(s), arrivals);
       device::barrier_init(empty(s), Config::kReaders * 4);
     }
+    device::publish_barriers();
   }
+  // By consumers, to the warpgroup's next stage.
   __device__ __forceinline__ void advance() {
-    if (++stage == stages) {
-      stage = 0;
+    const int first = stage % kStep;
+    stage += kStep;
+    if (stage >= stages) {
+      stage = first;
       phase ^= 1;
+    }
+  }
+  // By producers, which serve the warpgroups in turn.
+  __device__ __forceinline__ void take_turns() {
+    advance();
+    if constexpr (kStep == 2) {
+      const int next = other_stage;
+      const unsigned next_phase = other_phase;
+      other_stage = stage;
+      other_phase = phase;
+      stage = next;
+      phase = next_phase;
     }
   }
 };
@@ -128,7 +149,7 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
       ahead.advance(steps, a.group);
     }
     device::barrier_arrive_after_copies(ring.full(ring.stage));
-    ring.advance();
+    ring.take_turns();
   }
 }
 
@@ -173,7 +194,7 @@ __device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMa
       device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
     }
     device::barrier_arrive_after_copies(full);
-    ring.advance();
+    ring.take_turns();
     row.advance(steps, a.group);
     token = next;
     next = after_next;
@@ -190,7 +211,7 @@ template <typename Config>
 __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
                                        int num_rows, int warp, int lane, device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
-  constexpr int kRows = Config::kRows, kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
+  constexpr int kRows = Config::kRows, kStep = RowRing<Config>::kStep;
   const int warpgroup = warp / 4, half = Config::kSplit == 2 ? warpgroup : 0;
   const uint32_t block = ring.shared + Config::kBlock;
   const uint32_t dv_rows = Config::kDout + half * (Config::kDvColumns / 64) * Config::RowTileDout::kBoxBytes;
@@ -202,14 +223,8 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
   const int first = kStep == 2 ? warpgroup * kRows : 0;
   if (first >= num_rows)
     return;  // ptxas serialises the products where zeros of no loop meet their sums before the wait
-  if (first > 0) ring.advance();
+  if (kStep == 2) ring.stage = warpgroup;
   for (int row = first; row < num_rows; row += kStep * kRows) {
-    if (kStep == 2 && last >= 0) {
-      // The other's stage, only to see every phase: with an odd number of stages a barrier belongs to both in turn, and
-      // a parity can't tell the lap before the last from the next.
-      device::barrier_wait(ring.full(ring.stage), ring.phase);
-      ring.advance();
-    }
     device::barrier_wait(ring.full(ring.stage), ring.phase);
     const uint32_t stage = ring.data(), delta = stage + Config::kDelta;
     device::fence_shared_for_wgmma();
