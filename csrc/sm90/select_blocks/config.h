@@ -18,7 +18,7 @@ struct Config {
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
   static constexpr int kProducerRegisters = 56;  // a division of 64 bits takes 40
-  static constexpr int kKeys = 128;  // a stage: 32 blocks, in order of the keys' class (block_pool.cuh)
+  static constexpr int kKeys = 128;              // a stage: 32 blocks, in order of the keys' class (block_pool.cuh)
   static constexpr int kQueryBytes = 2 * cuda::kSelectionRows * kDk;  // of a group
   static constexpr int kStageBytes = 2 * kKeys * kDk;
   static constexpr int kMaxStages = 4;
