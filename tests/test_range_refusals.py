@@ -156,8 +156,6 @@ VALID: dict[str, Any] = {
 }  # fmt: skip
 Q, K, LSE = (SOMEWHERE, 512, 64, 16), (SOMEWHERE, 256, 32, 16), (SOMEWHERE, 32, 4, 1)
 ABSENT, NO_GATE = (0, 0, 0, 0), (0, 1, 0, 0, 0, 0)
-NO_SUM = (ABSENT, ABSENT, ABSENT, NO_GATE)
-GATES = (SOMEWHERE, 1, 96, 12, 3, 1)
 SELECTION = (16, 4, 1, 2)  # l', n, init, local
 
 
@@ -187,7 +185,7 @@ def test_problem_is_refused(changes: dict[str, Any], message: str):
     for query in (
         lambda: _C.range_forward_workspace(given, True, 1),
         lambda: _C.range_backward_workspace(given, True, True, True, True, 1),
-        lambda: _C.range_forward(given, Q, K, K, Q, LSE, *NO_SUM, 0, 0, 0, 1),
+        lambda: _C.range_forward(given, Q, K, K, Q, LSE, 0, 0, 0, 1),
         lambda: _C.range_backward(given, Q, K, K, Q, LSE, Q, LSE, ABSENT, NO_GATE, Q, K, K, False, 0, 0, 0, 1),
     ):
         with pytest.raises(ValueError, match=message):
@@ -208,9 +206,9 @@ def test_problem_is_accepted(changes: dict[str, Any]):
 def test_tensor_is_refused():
     given = problem()
     with pytest.raises(ValueError, match=r"v is null; allowed is the address of its \[2, 8, 2, 16\] elements"):
-        _C.range_forward(given, Q, K, ABSENT, Q, LSE, *NO_SUM, 0, 0, 0, 1)
+        _C.range_forward(given, Q, K, ABSENT, Q, LSE, 0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"o.head_stride is 8 elements; o is written, so 16 or more are allowed"):
-        _C.range_forward(given, Q, K, K, (*Q[:3], 8), LSE, *NO_SUM, 0, 0, 0, 1)
+        _C.range_forward(given, Q, K, K, (*Q[:3], 8), LSE, 0, 0, 0, 1)
     with pytest.raises(ValueError, match=r"dk.batch_stride is 0 elements; dk is written"):
         _C.range_backward(
             given, Q, K, K, Q, LSE, Q, LSE, ABSENT, NO_GATE, Q, (SOMEWHERE, 0, 32, 16), K, False, 0, 0, 0, 1
@@ -222,32 +220,9 @@ def test_tensor_is_refused():
         _C.range_backward(given, Q, K, K, ABSENT, LSE, Q, ABSENT, LSE, gate, Q, K, K, True, 0, 0, 0, 1)
     needed = _C.range_forward_workspace(given, True, 1)
     with pytest.raises(ValueError, match=f"workspace_bytes is 0; this call needs {needed}"):
-        _C.range_forward(given, Q, K, K, Q, LSE, *NO_SUM, 0, 0, 0, 1)
+        _C.range_forward(given, Q, K, K, Q, LSE, 0, 0, 0, 1)
     with pytest.raises(ValueError, match="num_threads is -1; allowed is 1 to 4096"):
         _C.range_forward_workspace(given, True, -1)
-
-
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"sum": (*Q[:3], 8)}, r"sum.head_stride is 8 elements; sum is written, so 16 or more are allowed"),
-    ({"sum": (SOMEWHERE + 2, *Q[1:])}, r"sum is 0x\w+; allowed is a multiple of 4 bytes"),
-    ({"o_cmp": ABSENT}, r"o_cmp is null; allowed is the address of its \[2, 8, 4, 16\] elements"),
-    ({"o_slc": ABSENT}, r"o_slc is null; allowed is the address of its \[2, 8, 4, 16\] elements"),
-    ({"o_slc": (SOMEWHERE, 2**62, 64, 16)}, r"o_slc has strides \(4611686018427387904, 64, 16\) that lead past"),
-    ({"gates": NO_GATE}, r"gates is null; allowed is the address of its \[2, 8, 4, 1\] elements"),
-    ({"gates": (SOMEWHERE, 4, *GATES[2:])}, r"gates.dtype is 4; allowed are 0 \(float64\)"),
-    ({"gates": (SOMEWHERE + 4, 0, *GATES[2:])}, r"gates is 0x\w+; allowed is a multiple of 8 bytes"),
-    ({"gates": (*GATES[:5], 2**62)}, r"gates.branch_stride is 4611686018427387904; allowed are strides inside one"),
-    ({"o": (*Q[:3], 8)}, r"o.head_stride is 8 elements; o is written, so 16 or more are allowed"),
-    ({}, r"workspace_bytes is 0; this call needs"),
-    ({"o": ABSENT}, r"workspace_bytes is 0; this call needs"),
-    ({"sum": ABSENT, "o_cmp": ABSENT, "gates": (1, 9, 0, 0, 0, 0)}, r"workspace_bytes is 0; this call needs"),
-    ({"sum": ABSENT, "o": ABSENT}, r"o is null; allowed is the address of its \[2, 8, 4, 16\] elements"),
-], ids=str)  # fmt: skip
-def test_sum_is_refused(changes: dict[str, Any], message: str):
-    tensors: dict[str, Any] = {"o": Q, "lse": LSE, "sum": Q, "o_cmp": Q, "o_slc": Q, "gates": GATES}
-    assert changes.keys() <= tensors.keys()
-    with pytest.raises(ValueError, match=message):
-        _C.range_forward(problem(), Q, K, K, *{**tensors, **changes}.values(), 0, 0, 0, 1)
 
 
 def test_selection_is_refused():

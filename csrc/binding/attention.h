@@ -63,6 +63,14 @@ Arguments with_tensors(const Problem& problem, const TensorTuple& q, const Tenso
 }
 
 template <typename Operation>
+void forward(const ProblemOf<Operation>& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
+             const TensorTuple& o, const TensorTuple& lse, Address workspace, std::size_t workspace_bytes,
+             Address stream, int num_threads) {
+  auto args = with_tensors<typename Operation::Forward>(problem, q, k, v, o, lse);
+  run(args, &Operation::call, workspace, workspace_bytes, stream, num_threads);
+}
+
+template <typename Operation>
 void backward(const ProblemOf<Operation>& problem, const TensorTuple& q, const TensorTuple& k, const TensorTuple& v,
               const TensorTuple& o, const TensorTuple& lse, const TensorTuple& dout, const TensorTuple& dlse,
               const TensorTuple& delta, const GatesTuple& gate, const TensorTuple& dq, const TensorTuple& dk,

@@ -68,13 +68,6 @@ struct SelectedAttention {
   static nsa::Status call(const auto& args) { return nsa::selected_attention(args); }
 };
 
-void forward(const nsa::SelectedAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, Address workspace,
-             std::size_t workspace_bytes, Address stream, int num_threads) {
-  auto args = with_tensors<nsa::SelectedAttentionForward>(problem, q, k, v, o, lse);
-  run(args, &SelectedAttention::call, workspace, workspace_bytes, stream, num_threads);
-}
-
 std::string kernel_name(const nsa::SelectedAttentionProblem& problem) {
   char name[256];
   raise_unless_ok(nsa::selected_attention_kernel(problem, name, sizeof(name)));
@@ -99,7 +92,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("num_threads") = 0);
   module.def("backward_workspace", &backward_workspace<SelectedAttention>, py::arg(), py::arg(), py::arg(), py::arg(),
              py::arg(), py::arg("num_threads") = 0);
-  module.def("forward", &forward);
+  module.def("forward", &forward<SelectedAttention>);
   module.def("backward", &backward<SelectedAttention>);
   bind_gated_sum(module);
   bind_range_attention(module);

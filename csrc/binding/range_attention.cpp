@@ -52,18 +52,6 @@ struct RangeAttention {
   static nsa::Status call(const auto& args) { return nsa::range_attention(args); }
 };
 
-void forward(const nsa::RangeAttentionProblem& problem, const TensorTuple& q, const TensorTuple& k,
-             const TensorTuple& v, const TensorTuple& o, const TensorTuple& lse, const TensorTuple& sum,
-             const TensorTuple& o_cmp, const TensorTuple& o_slc, const GatesTuple& gates, Address workspace,
-             std::size_t workspace_bytes, Address stream, int num_threads) {
-  auto args = with_tensors<nsa::RangeAttentionForward>(problem, q, k, v, o, lse);
-  args.sum = make_tensor(sum);
-  args.o_cmp = make_tensor(o_cmp);
-  args.o_slc = make_tensor(o_slc);
-  args.gates = make_gates(gates);
-  run(args, &RangeAttention::call, workspace, workspace_bytes, stream, num_threads);
-}
-
 nsa::BlockSelection make_selection(const nsa::RangeAttentionProblem& problem, std::int64_t block_size,
                                    std::int64_t topk, std::int64_t init_blocks, std::int64_t local_blocks) {
   nsa::BlockSelection args;
@@ -102,7 +90,7 @@ void bind_range_attention(py::module_& module) {
   py::class_<nsa::RangeAttentionProblem>(module, "RangeProblem").def(py::init(&make_problem));
   module.def("range_forward_workspace", &forward_workspace<RangeAttention>);
   module.def("range_backward_workspace", &backward_workspace<RangeAttention>);
-  module.def("range_forward", &forward);
+  module.def("range_forward", &forward<RangeAttention>);
   module.def("range_backward", &backward<RangeAttention>);
   module.def("selection_workspace", &selection_workspace);
   module.def("select_blocks", &select_blocks);

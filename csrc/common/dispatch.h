@@ -28,13 +28,6 @@ Status find_kernel(const KernelRequest& request, const Gpu& gpu, Operation opera
 // Rows of one kv head: tokens times G.
 Status check_rows(int64_t rows);
 
-// Gates of the first branch.
-template <typename Problem>
-TensorArg gate_arg(const GateTensor& gate, const Problem& p) {
-  return tensor_arg({gate.data, gate.batch_stride, gate.row_stride, gate.head_stride}, p, p.seqlen_q,
-                    bytes_of_gate(gate.dtype));
-}
-
 // What every attention kernel takes from its call, whoever may see whom.
 template <typename Call, typename Args>
 void set_inputs(const Call& call, Args& a) {
@@ -80,14 +73,16 @@ Status make_stats(const Call& call, Args& a) {
   const auto& p = call.problem;
   if (!call.gate.data || a.plan.total_q == 0) a.negative = nullptr;
   if (a.plan.total_q == 0) return {};
+  const GateTensor& gate = call.gate;
   StatsInputs in = {};
   in.o = tensor_arg(call.o, p, p.seqlen_q, 2);
   in.dout = a.dout;
   in.lse = tensor_arg(call.lse, p, p.seqlen_q, 4);
   in.dlse = tensor_arg(call.dlse, p, p.seqlen_q, 4);
   in.delta = tensor_arg(call.delta, p, p.seqlen_q, 4);
-  in.gate = gate_arg(call.gate, p);
-  in.gate_dtype = call.gate.dtype;
+  in.gate = tensor_arg({gate.data, gate.batch_stride, gate.row_stride, gate.head_stride}, p, p.seqlen_q,
+                       bytes_of_gate(gate.dtype));
+  in.gate_dtype = gate.dtype;
   return make_row_stats(p.dtype, in, a.plan.total_q, static_cast<int>(p.num_heads_q), static_cast<int>(p.head_dim_v),
                         const_cast<RowStats*>(a.stats), const_cast<int*>(a.negative), call.stream);
 }

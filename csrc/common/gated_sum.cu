@@ -4,14 +4,13 @@
 #include "common/cuda_backend.h"
 #include "common/gates.cuh"
 #include "common/plan.h"
-#include "device/tile.cuh"
+#include "device/ptx.cuh"
 
 namespace nsa::cuda {
 namespace {
 
+using device::Half;
 using device::kFullWarp;
-using device::pack8;
-using device::unpack8;
 
 constexpr int kThreads = 256;
 
@@ -64,6 +63,23 @@ struct Item {
 __device__ __forceinline__ uint4 load_once(const char* from) { return __ldcs(reinterpret_cast<const uint4*>(from)); }
 
 template <typename Element>
+__device__ __forceinline__ void unpack8(const uint4& from, float (&to)[8]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 pair = Half<Element>::unpack(words[i]);
+    to[2 * i] = pair.x;
+    to[2 * i + 1] = pair.y;
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ uint4 pack8(const float (&from)[8]) {
+  return {Half<Element>::pack(from[0], from[1]), Half<Element>::pack(from[2], from[3]),
+          Half<Element>::pack(from[4], from[5]), Half<Element>::pack(from[6], from[7])};
+}
+
+template <typename Element>
 __global__ void __launch_bounds__(kThreads) sum_forward(const __grid_constant__ GatedArgs a) {
   const Item item(a);
   if (!item.real) return;
@@ -79,7 +95,9 @@ __global__ void __launch_bounds__(kThreads) sum_forward(const __grid_constant__ 
     for (int c = 0; c < 3; ++c) {
       float x[8];
       unpack8<Element>(packed[c], x);
-      add_gated(gates[c], x, sum);
+      // 0 where o_c is 0, whatever the gate of a dead row holds
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum[i] += x[i] == 0.f ? 0.f : gates[c] * x[i];
     }
     *reinterpret_cast<uint4*>(a.sum.at(item.batch, item.row, item.head) + 16 * chunk) = pack8<Element>(sum);
   }

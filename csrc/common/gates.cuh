@@ -22,15 +22,6 @@ __device__ __forceinline__ void store_gate(Dtype dtype, char* to, float value) {
   if (dtype == Dtype::kFloat64) *reinterpret_cast<double*>(to) = value;
 }
 
-// sum += gate x; 0 where x is 0, whatever the gate of a dead row holds.
-template <int kCount>
-__device__ __forceinline__ void add_gated(float gate, const float (&x)[kCount], float (&sum)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (x[i] != 0.f) sum[i] += gate * x[i];
-  }
-}
-
 constexpr int bytes_of_gate(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 }  // namespace nsa::cuda

@@ -6,21 +6,10 @@
 
 namespace nsa::cuda {
 
-// The gated sum that a forward's own output is the third term of.
-struct BranchSum {
-  TensorArg sum;        // data null: not wanted
-  TensorArg others[2];  // o of the first two branches
-  TensorArg gates;      // the first branch's
-  int64_t gate_bytes;   // from one branch's gate to the next branch's
-  Dtype gate_dtype;
-};
-
 struct RangeForwardArgs {
   RangePlan plan;
-  TensorArg q, k, v;
-  TensorArg o;    // data null where a sum is: not wanted
-  TensorArg lse;  // float; data null: not wanted
-  BranchSum branches;
+  TensorArg q, k, v, o;
+  TensorArg lse;           // float; data null: not wanted
   int num_heads_k, group;  // Hkv, G
   float scale_log2;        // softmax_scale * log2(e)
 };

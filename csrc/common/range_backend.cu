@@ -16,16 +16,6 @@ Status find(const RangeAttentionProblem& p, const Gpu& gpu, Operation operation,
   return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, operation, uses_sm90(p), found);
 }
 
-BranchSum branches_of(const RangeAttentionForward& args) {
-  const RangeAttentionProblem& p = args.problem;
-  const auto o = [&](const Tensor& tensor) { return tensor_arg(tensor, p, p.seqlen_q, 2); };
-  return {o(args.sum),
-          {o(args.o_cmp), o(args.o_slc)},
-          gate_arg(args.gates, p),
-          args.gates.branch_stride * bytes_of_gate(args.gates.dtype),
-          args.gates.dtype};
-}
-
 RangeBackwardArgs carve_backward(const RangeAttentionBackward& args, Backend family, Carver& carver) {
   const RangeAttentionProblem& p = args.problem;
   RangeBackwardArgs a = {};
@@ -81,7 +71,6 @@ Status range_attention(const RangeAttentionForward& args) {
   Carver carver(args.workspace);
   RangeForwardArgs a = {};
   set_forward_arguments(args, a);
-  a.branches = branches_of(args);
   a.plan = carve_range_plan(p, range_tiles(kernel->family, false, p.head_dim_qk), carver);
   status = check_rows(static_cast<int64_t>(a.plan.total_q) * a.group);
   if (!status.ok() || a.plan.total_q == 0) return status;

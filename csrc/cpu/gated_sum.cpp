@@ -51,7 +51,8 @@ void run_forward(const GatedSumForward& args) {
       Real sum[kChunk] = {}, piece[kChunk];
       for (int c = 0; c < 3; ++c) {
         load_piece(p, *branches[c], row, head, first, count, piece);
-        add_gated(gates[c], piece, count, sum);
+        // 0 where o_c is 0, whatever the gate of a dead row holds
+        for (std::int64_t i = 0; i < count; ++i) sum[i] += piece[i] == 0 ? Real{0} : gates[c] * piece[i];
       }
       store_piece(p, args.o, row, head, first, count, sum);
     }

@@ -31,12 +31,6 @@ void store_gate(const GateTensor& gates, RowIndex row, std::int64_t head, int br
   }
 }
 
-// sum += gate x; 0 where x is 0, whatever the gate of a dead row holds.
-template <typename Real>
-void add_gated(Real gate, const Real* x, std::int64_t count, Real* sum) {
-  for (std::int64_t i = 0; i < count; ++i) sum[i] += x[i] == 0 ? Real{0} : gate * x[i];
-}
-
 // The gate of a backward's row; 1 without.
 template <typename Real, typename Backward>
 Real gate_of(const Backward& args, RowIndex row, std::int64_t head) {

@@ -1,11 +1,10 @@
-// o = softmax(scale Q K^T over a run of keys) V, lse and the gated sum, one tile of queries (times the G heads of one
-// kv head) at a time.
+// o = softmax(scale Q K^T over a run of keys) V and lse, one tile of queries (times the G heads of one kv head) at a
+// time.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "cpu/cpu.h"
-#include "cpu/gates.h"
 #include "cpu/parallel.h"
 #include "cpu/range_tile.h"
 
@@ -36,40 +35,12 @@ std::size_t tile_bytes(const RangeAttentionProblem& problem, const Ranges& range
   return carver.used();
 }
 
-// The gated sum of a row, from the other branches and its own o.
 template <typename Real>
-void write_sum(const Forward<Real>& f, RowIndex index, std::int64_t head_q, const Real* o) {
-  constexpr std::int64_t kChunk = 256;  // elements at a time: they stay in the L1
-  const RangeAttentionForward& args = f.args;
-  const Dtype dtype = f.problem.dtype;
-  const Tensor* const others[] = {&args.o_cmp, &args.o_slc};
-  Real gates[3];
-  for (int c = 0; c < 3; ++c) gates[c] = load_gate<Real>(args.gates, index, head_q, c);
-  for (std::int64_t first = 0; first < f.problem.head_dim_v; first += kChunk) {
-    const std::int64_t count = std::min(kChunk, f.problem.head_dim_v - first);
-    const auto piece_of = [&](const Tensor& tensor) {
-      return static_cast<char*>(address_of(tensor, dtype, index, head_q)) + first * bytes_of(dtype);
-    };
-    Real sum[kChunk] = {}, piece[kChunk];
-    for (int c = 0; c < 2; ++c) {
-      kernels<Real>().load(dtype, piece_of(*others[c]), count, piece);
-      add_gated(gates[c], piece, count, sum);
-    }
-    add_gated(gates[2], o + first, count, sum);
-    kernels<Real>().store(dtype, sum, count, piece_of(args.sum));
-  }
-}
-
-// What is wanted of a row.
-template <typename Real>
-void write_row(const Forward<Real>& f, RowIndex index, std::int64_t head_q, const Real* o, Real lse) {
-  const RangeAttentionProblem& p = f.problem;
-  if (f.args.o.data != nullptr)
-    kernels<Real>().store(p.dtype, o, p.head_dim_v, address_of(f.args.o, p.dtype, index, head_q));
-  if (f.args.sum.data != nullptr) write_sum(f, index, head_q, o);
+void write_lse(const Forward<Real>& f, RowIndex index, std::int64_t head_q, Real lse) {
   if (f.args.lse.data != nullptr) static_cast<Real*>(f.args.lse.data)[offset_of(f.args.lse, index, head_q)] = lse;
 }
 
+// o and lse of the tile's rows.
 template <typename Real>
 void write_rows(const Forward<Real>& f, const RangeTile& tile, const QueryScratch<Real>& s) {
   const RangeAttentionProblem& p = f.problem;
@@ -79,7 +50,8 @@ void write_rows(const Forward<Real>& f, const RangeTile& tile, const QueryScratc
     const bool dead = seen.begin == seen.end;
     const Real inverse = dead ? Real{0} : 1 / s.row_sum[row];
     for (std::int64_t d = 0; d < p.head_dim_v; ++d) o[d] *= inverse;
-    write_row(f, tile.index(row), tile.head_q(row), o,
+    kernels<Real>().store(p.dtype, o, p.head_dim_v, address_of(f.args.o, p.dtype, tile.index(row), tile.head_q(row)));
+    write_lse(f, tile.index(row), tile.head_q(row),
               dead ? -std::numeric_limits<Real>::infinity() : s.row_max[row] + std::log(s.row_sum[row]));
   }
 }
@@ -124,7 +96,8 @@ void write_outside_rows(const Forward<Real>& f, const QueryScratch<Real>& s) {
   for_outside_rows(f.ranges.q_begin, f.ranges.batch, f.ranges.total_q, [&](std::int64_t q_row) {
     const RowIndex index = index_of_q(p, q_row);
     for (std::int64_t head_q = 0; head_q < p.num_heads_q; ++head_q) {
-      write_row(f, index, head_q, s.sum_o, -std::numeric_limits<Real>::infinity());
+      kernels<Real>().store(p.dtype, s.sum_o, p.head_dim_v, address_of(f.args.o, p.dtype, index, head_q));
+      write_lse(f, index, head_q, -std::numeric_limits<Real>::infinity());
     }
   });
 }

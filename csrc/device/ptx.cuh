@@ -157,11 +157,6 @@ __device__ __forceinline__ void copy_box_async(uint32_t shared, const void* map,
       : "memory");
 }
 
-// Brings the line of `global` into the L2.
-__device__ __forceinline__ void prefetch_line(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
 __device__ __forceinline__ void prefetch_map(const void* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

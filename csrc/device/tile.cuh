@@ -235,38 +235,4 @@ __device__ __forceinline__ void store_row_wide(char* to, bool real, const float 
   }
 }
 
-// Of one of a lane's two rows of an accumulator, scaled, the columns 32 n + 8 (lane & 3) + 0 .. 7, for which the four
-// lanes of a row trade: the same columns as store_row_wide() writes at once. Every lane of the warp calls it.
-template <int kColumns>
-__device__ __forceinline__ void gather8(float (&to)[8], const float (&acc)[kColumns][4], int n, int half, float scale,
-                                        int lane) {
-#pragma unroll
-  for (int odd = 0; odd < 2; ++odd) {
-    uint32_t x[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = __float_as_uint(acc[4 * n + i][2 * half + odd] * scale);
-    transpose_words(x, lane);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[2 * i + odd] = __uint_as_float(x[i]);
-  }
-}
-
-// Eight elements, 16 bytes.
-template <typename Element>
-__device__ __forceinline__ void unpack8(const uint4& from, float (&to)[8]) {
-  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = Half<Element>::unpack(words[i]);
-    to[2 * i] = pair.x;
-    to[2 * i + 1] = pair.y;
-  }
-}
-
-template <typename Element>
-__device__ __forceinline__ uint4 pack8(const float (&from)[8]) {
-  return {Half<Element>::pack(from[0], from[1]), Half<Element>::pack(from[2], from[3]),
-          Half<Element>::pack(from[4], from[5]), Half<Element>::pack(from[6], from[7])};
-}
-
 }  // namespace nsa::device

@@ -14,6 +14,8 @@
 namespace nsa {
 namespace {
 
+constexpr std::int64_t kBranches = 3;
+
 Status check_device(const GatedSumProblem& p) {
   if (p.device != Device::kCpu && p.device != Device::kCuda) {
     return invalid_argument("device is %d; allowed are 0 (cpu) and 1 (cuda)", static_cast<int>(p.device));
@@ -57,6 +59,17 @@ Status check_sizes(const GatedSumProblem& p) {
   return {};
 }
 
+Status check_gates(const char* name, const GatedSumProblem& p, const GateTensor& gates, Access access) {
+  NSA_RETURN_IF_ERROR(check_gate(name, gates, p.batch, p.rows, p.num_heads, access));
+  std::int64_t reach = 1;
+  if (add_reach(kBranches, gates.branch_stride, &reach) && reach < std::numeric_limits<std::int64_t>::max() / 16 &&
+      (access == Access::kRead || gates.branch_stride != 0)) {
+    return {};
+  }
+  return invalid_argument("%s.branch_stride is %" PRId64 "; allowed are strides inside one buffer%s", name,
+                          gates.branch_stride, access == Access::kRead ? "" : " other than 0");
+}
+
 Status check_tensor(const char* name, const GatedSumProblem& p, const Tensor& tensor, Access access) {
   const std::int64_t bytes = size_of(p.dtype);
   return check_view({name, tensor, p.batch, p.rows, p.num_heads, p.head_dim, bytes,
@@ -71,7 +84,7 @@ Status validate(const GatedSumForward& args) {
   NSA_RETURN_IF_ERROR(check_tensor("o_cmp", p, args.o_cmp, Access::kRead));
   NSA_RETURN_IF_ERROR(check_tensor("o_slc", p, args.o_slc, Access::kRead));
   NSA_RETURN_IF_ERROR(check_tensor("o_win", p, args.o_win, Access::kRead));
-  NSA_RETURN_IF_ERROR(check_gates("gates", args.gates, p.batch, p.rows, p.num_heads, Access::kRead));
+  NSA_RETURN_IF_ERROR(check_gates("gates", p, args.gates, Access::kRead));
   return check_tensor("o", p, args.o, Access::kWritten);
 }
 
@@ -84,7 +97,7 @@ Status validate(const GatedSumBackward& args) {
   if (args.o_cmp.data) NSA_RETURN_IF_ERROR(check_tensor("o_cmp", p, args.o_cmp, Access::kRead));
   if (args.o_slc.data) NSA_RETURN_IF_ERROR(check_tensor("o_slc", p, args.o_slc, Access::kRead));
   if (args.o_win.data) NSA_RETURN_IF_ERROR(check_tensor("o_win", p, args.o_win, Access::kRead));
-  return check_gates("dgates", args.dgates, p.batch, p.rows, p.num_heads, Access::kWritten);
+  return check_gates("dgates", p, args.dgates, Access::kWritten);
 }
 
 template <typename Arguments>

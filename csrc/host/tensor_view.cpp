@@ -66,17 +66,4 @@ Status check_gate(const char* name, const GateTensor& gate, std::int64_t batch, 
   return check_view({name, tensor, batch, rows, heads, 1, bytes, bytes, access});
 }
 
-Status check_gates(const char* name, const GateTensor& gates, std::int64_t batch, std::int64_t rows, std::int64_t heads,
-                   Access access) {
-  constexpr std::int64_t kBranches = 3;
-  NSA_RETURN_IF_ERROR(check_gate(name, gates, batch, rows, heads, access));
-  std::int64_t reach = 1;
-  if (add_reach(kBranches, gates.branch_stride, &reach) && reach < std::numeric_limits<std::int64_t>::max() / 16 &&
-      (access == Access::kRead || gates.branch_stride != 0)) {
-    return {};
-  }
-  return invalid_argument("%s.branch_stride is %" PRId64 "; allowed are strides inside one buffer%s", name,
-                          gates.branch_stride, access == Access::kRead ? "" : " other than 0");
-}
-
 }  // namespace nsa

@@ -24,10 +24,8 @@ bool add_reach(std::int64_t size, std::int64_t stride, std::int64_t* reach);
 
 Status check_view(const View& view);
 
-// The gates of one branch, and those of all three.
+// The gates of one branch.
 Status check_gate(const char* name, const GateTensor& gate, std::int64_t batch, std::int64_t rows, std::int64_t heads,
                   Access access);
-Status check_gates(const char* name, const GateTensor& gates, std::int64_t batch, std::int64_t rows, std::int64_t heads,
-                   Access access);
 
 }  // namespace nsa

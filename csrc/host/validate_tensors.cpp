@@ -34,9 +34,6 @@ class Shapes {
   Status check_gate(const char* name, const GateTensor& gate) const {
     return nsa::check_gate(name, gate, batch_, problem_.seqlen_q, problem_.num_heads_q, Access::kRead);
   }
-  Status check_gates(const char* name, const GateTensor& gates) const {
-    return nsa::check_gates(name, gates, batch_, problem_.seqlen_q, problem_.num_heads_q, Access::kRead);
-  }
 
  private:
   View make(const char* name, const Tensor& tensor, std::int64_t rows, std::int64_t heads, std::int64_t dim,
@@ -78,22 +75,14 @@ Status check_lists(const SelectedAttentionProblem& problem) {
 }
 
 template <typename Forward>
-Status check_forward(const Forward& args, bool wants_o = true) {
+Status check_forward(const Forward& args) {
   const Shapes shapes(common_part(args.problem));
   NSA_RETURN_IF_ERROR(check_view(shapes.q("q", args.q, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.k("k", args.k, Access::kRead)));
   NSA_RETURN_IF_ERROR(check_view(shapes.v("v", args.v, Access::kRead)));
-  if (wants_o) NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kWritten)));
+  NSA_RETURN_IF_ERROR(check_view(shapes.o("o", args.o, Access::kWritten)));
   if (args.lse.data == nullptr) return {};
   return check_view(shapes.lse("lse", args.lse, Access::kWritten));
-}
-
-Status check_sum(const RangeAttentionForward& args) {
-  const Shapes shapes(common_part(args.problem));
-  NSA_RETURN_IF_ERROR(check_view(shapes.o("sum", args.sum, Access::kWritten)));
-  NSA_RETURN_IF_ERROR(check_view(shapes.o("o_cmp", args.o_cmp, Access::kRead)));
-  NSA_RETURN_IF_ERROR(check_view(shapes.o("o_slc", args.o_slc, Access::kRead)));
-  return shapes.check_gates("gates", args.gates);
 }
 
 template <typename Backward>
@@ -144,9 +133,7 @@ Status validate(const SelectedAttentionBackward& args) {
 Status validate(const RangeAttentionForward& args) {
   NSA_RETURN_IF_ERROR(validate(args.problem));
   NSA_RETURN_IF_ERROR(validate_num_threads(args.num_threads));
-  const bool wants_sum = args.sum.data != nullptr;
-  if (wants_sum) NSA_RETURN_IF_ERROR(check_sum(args));
-  return check_forward(args, !wants_sum || args.o.data != nullptr);
+  return check_forward(args);
 }
 
 Status validate(const RangeAttentionBackward& args) {

@@ -39,7 +39,7 @@ def _sizes(x: Tensor) -> tuple[int, ...]:
     return _DEVICES[x.device.type], _DTYPES[x.dtype], batch, *x.shape[-3:]
 
 
-def check_branches(x: Tensor, gates: Tensor, *others: Tensor | None) -> None:
+def _check(x: Tensor, gates: Tensor, *others: Tensor | None) -> None:
     """For callers inside the package: shapes that disagree would lead past a tensor's end."""
     given = [y for y in others if y is not None]
     if gates.shape != (*x.shape[:-1], 3) or any(y.shape != x.shape or y.dtype != x.dtype for y in given):
@@ -50,7 +50,7 @@ def check_branches(x: Tensor, gates: Tensor, *others: Tensor | None) -> None:
 
 
 def _forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tensor:
-    check_branches(o_cmp, gates, o_slc, o_win)
+    _check(o_cmp, gates, o_slc, o_win)
     o_cmp, o_slc, o_win = _loadable(o_cmp), _loadable(o_slc), _loadable(o_win)
     o = _fake_forward(o_cmp, o_slc, o_win, gates)
     with _on_device(o.device):
@@ -63,7 +63,7 @@ def _forward(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tens
 
 def _backward(dout: Tensor, o_cmp: Tensor | None, o_slc: Tensor | None, o_win: Tensor | None) -> Tensor:
     dgates = _fake_backward(dout, o_cmp, o_slc, o_win)
-    check_branches(dout, dgates, o_cmp, o_slc, o_win)
+    _check(dout, dgates, o_cmp, o_slc, o_win)
     dout = _loadable(dout)
     branches = [None if x is None else _loadable(x) for x in (o_cmp, o_slc, o_win)]
     with _on_device(dout.device):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nsa_cuda._checks import lse_dtype
-from nsa_cuda._gated_ops import gated_sum_backward
+from nsa_cuda._gated_ops import gated_sum_backward, gated_sum_forward
 from nsa_cuda._ops import (
     Gated,
     _library,
@@ -30,15 +30,7 @@ from nsa_cuda._ops import (
     selected_attention_forward,
     selected_backward,
 )
-from nsa_cuda._range_ops import (
-    COMPRESSED,
-    WINDOW,
-    OtherBranches,
-    range_attention_forward,
-    range_backward,
-    range_forward,
-    select_blocks,
-)
+from nsa_cuda._range_ops import COMPRESSED, WINDOW, range_attention_forward, range_backward, select_blocks
 
 # Bits of `recompute`: the branches whose output backward computes again.
 RECOMPUTE_NONE, RECOMPUTE_WINDOW, RECOMPUTE_ALL = 0, 4, 7
@@ -188,15 +180,11 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     o_cmp, lse_cmp = call.compressed().forward(inputs.q)
     selected = inputs.q.new_empty(0, dtype=torch.int32) if given else call.select(lse_cmp)
     o_slc, lse_slc = call.selected(block_indices if given else selected, given).forward(inputs.q)
-    window, recompute = call.window(), call.settings.recompute
-    o_win, lse_win, o = range_forward(
-        inputs.q, window.k, window.v, *window.problem, others=OtherBranches(o_cmp, o_slc, inputs.gates),
-        keep_o=not recompute & RECOMPUTE_WINDOW,
-    )  # fmt: skip
-    assert o is not None
-    outputs = enumerate((o_cmp, o_slc, o_win))
-    kept = (o.new_empty(0) if x is None or recompute & 1 << c else x for c, x in outputs)
-    return o, *kept, lse_cmp, lse_slc, lse_win, selected
+    o_win, lse_win = call.window().forward(inputs.q)
+    lse = (lse_cmp, lse_slc, lse_win)
+    o = gated_sum_forward(o_cmp, o_slc, o_win, inputs.gates)
+    kept = (x.new_empty(0) if call.settings.recompute & 1 << c else x for c, x in enumerate((o_cmp, o_slc, o_win)))
+    return o, *kept, *lse, selected
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -5,25 +5,22 @@ On CUDA with the automatic backend an operator that has no kernel for its argume
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_cuda import _debug, reference
 from nsa_cuda._checks import default_scale
-from nsa_cuda._gated_ops import check_branches, gated_sum_forward
 from nsa_cuda._ops import (
     _DEVICES,
     _DTYPES,
-    _NO_GATE,
     BACKENDS,
     Gated,
     _address,
     _contiguous,
     _fake_backward,
     _fake_forward,
-    _gates,
     _loadable,
     _on_device,
     _rows,
@@ -146,18 +143,7 @@ def _reference_attention(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> Any:
     )
 
 
-class OtherBranches(NamedTuple):
-    """What a window's forward needs to end with the gated sum of all branches."""
-
-    o_cmp: Tensor
-    o_slc: Tensor
-    gates: Tensor  # [.., Hq, 3]
-
-
-def range_forward(
-    q: Tensor, k: Tensor, v: Tensor, *problem: Any, others: OtherBranches | None = None, keep_o: bool = True
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """o, lse and, with the other branches, their gated sum, of which this is the window's term; o is then optional."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
     _check_values(q, (k, v), problem)
     device, threads = q.device, torch.get_num_threads()
     problem = _prepared(problem)
@@ -168,38 +154,17 @@ def range_forward(
         try:
             size = c.range_forward_workspace(p, True, threads)
             workspace = _workspace(size, device)
-            first, lse = _fake_forward(q, k, v)
-            o, total = (first, None) if others is None else (torch.empty_like(first) if keep_o else None, first)
-            sum_arguments, _held = _sum_arguments(total, others)
+            o, lse = _fake_forward(q, k, v)
             c.range_forward(
-                p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), *sum_arguments, _address(workspace),
-                size, _stream(device), threads,
+                p, _tensor(q), _tensor(k), _tensor(v), _tensor(o), _rows(lse), _address(workspace), size,
+                _stream(device), threads,
             )  # fmt: skip
         except NotImplementedError:
             if not _falls_back(q, problem[-1]):
                 raise
             o, lse = _reference_attention(q, k, v, *problem)
-            total = None if others is None else gated_sum_forward(others.o_cmp, others.o_slc, o, others.gates)
-            return o.contiguous(), lse.contiguous(), total
+            return o.contiguous(), lse.contiguous()
         _synchronise(device)
-    return o, lse, total
-
-
-def _sum_arguments(
-    total: Tensor | None, others: OtherBranches | None
-) -> tuple[tuple[tuple[int, ...], ...], tuple[Tensor, ...]]:
-    """As the C++ module takes them, and copies that must outlive the call."""
-    if total is None or others is None:
-        return (_tensor(None), _tensor(None), _tensor(None), _NO_GATE), ()
-    check_branches(total, others.gates, others.o_cmp, others.o_slc)
-    held = _loadable(others.o_cmp), _loadable(others.o_slc)
-    gates = _gates(others.gates, others.gates.shape[:-1])
-    return (_tensor(total), *(_tensor(x) for x in held), gates), held
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor]:
-    o, lse, _ = range_forward(q, k, v, *problem)
-    assert o is not None
     return o, lse
 
 

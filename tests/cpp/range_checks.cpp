@@ -127,24 +127,6 @@ void call(nsa::Status (*query)(const Arguments&, std::size_t*), nsa::Status (*ru
   tally.check(status.ok(), "range attention: %s", status.message);
 }
 
-// g_cmp o_cmp + g_slc o_slc + g_win o, without o of its own; gates lie branch by branch.
-void check_sum(nsa::RangeAttentionForward forward, const std::vector<double>& o, Tally& tally) {
-  std::vector<double> o_cmp = values(static_cast<std::int64_t>(o.size()), 0.2), o_slc = values(o_cmp.size(), 0.4);
-  std::vector<double> gates = values(3 * kTokens * kHeads, 0.6);
-  std::vector<double> expected(o.size()), sum(o.size(), std::numeric_limits<double>::quiet_NaN());
-  for (std::size_t i = 0; i < o.size(); ++i) {
-    const double* const gate = &gates[i / kDim];
-    expected[i] = gate[0] * o_cmp[i] + gate[kTokens * kHeads] * o_slc[i] + gate[2 * kTokens * kHeads] * o[i];
-  }
-  forward.o = {};
-  forward.sum = rows(sum, kHeads, kDim);
-  forward.o_cmp = rows(o_cmp, kHeads, kDim);
-  forward.o_slc = rows(o_slc, kHeads, kDim);
-  forward.gates = {gates.data(), nsa::Dtype::kFloat64, 0, kHeads, 1, kTokens * kHeads};
-  call(&nsa::range_attention_workspace, &nsa::range_attention, forward, tally);
-  compare("sum", sum, expected, tally);
-}
-
 void check_attention(nsa::RangeMask mask, Tally& tally) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   Data data(num_keys(mask));
@@ -178,7 +160,6 @@ void check_attention(nsa::RangeMask mask, Tally& tally) {
   compare("dq", dq, data.dq, tally);
   compare("dk", dk, data.dk, tally);
   compare("dv", dv, data.dv, tally);
-  check_sum(forward, data.o, tally);
 }
 
 // The blocks of one row and kv head: block 0, its own and the one before, then the best of the others.

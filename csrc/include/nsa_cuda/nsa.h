@@ -182,16 +182,12 @@ struct RangeAttentionProblem {
 };
 
 // o = softmax(scale q k^T over the visible keys) v; lse = log sum exp of the scaled scores (natural log), -inf on dead
-// rows. The window branch, run last, also forms the sum of all three (GatedSumForward), from o before it is rounded:
-// sum = g_cmp o_cmp + g_slc o_slc + g_win o.
+// rows.
 struct RangeAttentionForward {
   RangeAttentionProblem problem;
   Tensor q, k, v;
-  Tensor o;             // data null where a sum is: not wanted
-  Tensor lse;           // float32, float64 for float64 inputs; data null: not wanted
-  Tensor sum;           // [B, Tq, Hq, Dv]; data null: not wanted, and nobody reads the rest:
-  Tensor o_cmp, o_slc;  // [B, Tq, Hq, Dv]
-  GateTensor gates;     // [B, Tq, Hq, 3]
+  Tensor o;
+  Tensor lse;  // float32, float64 for float64 inputs; data null: not wanted
   void* workspace = nullptr;
   std::size_t workspace_bytes = 0;
   cudaStream_t stream = nullptr;  // CUDA

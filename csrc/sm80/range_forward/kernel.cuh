@@ -1,4 +1,4 @@
-// o, lse and the gated sum of range attention: a CTA of query rows walks the run of keys that they see.
+// o and lse of range attention: a CTA of query rows walks the run of keys that they see.
 #pragma once
 
 #include "device/range_output.cuh"
@@ -74,7 +74,6 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   load_rows<Config>(a, tile, shared + Config::kRowsAt + warp * Config::kWarpBytes, warp, lane, rows);
 #pragma unroll
   for (int i = 0; i < Config::kStages - 1; ++i) load(i);
-  device::prefetch_branches<Config::kDv>(a, tile, 16 * warp, lane);
   for (int i = 0; i < stages; ++i) {
     device::wait_copies_but<Config::kStages - 2>();
     __syncthreads();  // the stage has landed, and everybody is done with the one before it
@@ -83,7 +82,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     attend<Config>(rows, shared + i % Config::kStages * Config::kStageBytes, key, tile.all_see(key, Config::kKeys),
                    a.scale_log2, lane);
   }
-  device::store_outputs<typename Config::Element>(a, rows.softmax, tile, 16 * warp + lane / 4, lane);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+    device::store_output<typename Config::Element>(a, rows.softmax, r, row.real, row.token, row.head, lane);
+  }
 }
 
 }  // namespace nsa::sm80::range_forward

@@ -1,5 +1,5 @@
-// o, lse and the gated sum of range attention on Hopper: persistent CTAs of 128 query rows, keys and queries by TMA,
-// products by wgmma.
+// o and lse of range attention on Hopper: persistent CTAs of 128 query rows, keys and queries by TMA, products by
+// wgmma.
 //
 // Each warpgroup issues the scores of the next stage, then P V of this one, and computes the next P while the latter
 // runs; the two warpgroups take turns at issuing, so that one computes P while the other's products run.
@@ -200,7 +200,6 @@ __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config
       const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
       sees.set_row(r, row.real, row.token, a.plan);
     }
-    device::prefetch_branches<Config::kDv>(a, tile, 16 * warp, lane);
     tile.fetch_keys(info);
     device::OnlineSoftmax<Config::kDv> softmax;
     softmax.reset();
@@ -210,7 +209,11 @@ __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config
     else
       device::arrive_for_warp(shared.empty_q(), lane);
     tile.fetch_rows(info);  // again, rather than kept in registers
-    device::store_outputs<typename Config::Element>(a, softmax, tile, 16 * warp + lane / 4, lane);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
+      device::store_output<typename Config::Element>(a, softmax, r, row.real, row.token, row.head, lane);
+    }
   }
 }
 
