@@ -38,7 +38,7 @@ def _pair(text: str) -> tuple[int, int]:
     return int(first), int(second or first)
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=("full", "long", "quick"), default="full", help="which shapes (default: %(default)s)")
@@ -69,7 +69,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--json", type=Path, help="write every number to this file")
     add("--plot", type=Path, help="write milliseconds over T to this PNG")
-    return parser.parse_args()
+    return parser
 
 
 def shapes_of(arguments: argparse.Namespace, device: torch.device) -> tuple[list[Shape], Tensor | None]:
@@ -203,7 +203,7 @@ class Bench:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
