@@ -65,6 +65,7 @@ REGULAR = [
     Case("d128_g16_noncausal", Tq=192, Tk=256, Hq=32, Hkv=2, Dk=128, Dv=128, S=3, causal=False),
     Case("d192_128_g16", Tq=256, Tk=256, Hq=16, Hkv=1, Dk=192, Dv=128, S=3),
     Case("d192_128_noncausal", B=2, Tq=128, Tk=192, Hq=8, Hkv=2, Dk=192, Dv=128, S=2, causal=False, lse=False),
+    Case("d128_g24", Tq=130, Tk=130, Hq=24, Hkv=1, Dk=128, Dv=128, S=2),
     Case("d256_g8", Tq=256, Tk=256, Hq=16, Hkv=2, Dk=256, Dv=256, S=3),
     Case("d256_noncausal", Tq=128, Tk=256, Hq=8, Hkv=1, Dk=256, Dv=256, S=3, causal=False),
     Case("scale_given", Tq=128, Tk=128, softmax_scale=0.3, S=2),
@@ -225,6 +226,8 @@ LONG_LISTS = [
     Case("s_200", Tq=60, Tk=4000, Hq=2, Hkv=1, S=200, block_size=16, causal=False),
     Case("s_300_d128", Tq=40, Tk=300 * 16 + 7, Hq=4, Hkv=1, Dk=128, Dv=128, S=301, block_size=16, indices="all"),
     Case("s_300_wild", Tq=40, Tk=1500, Hq=2, Hkv=1, S=300, block_size=16, indices="wild"),
+    # more entries a tile than are gathered in shared memory (common/tile_unions.cu)
+    Case("s_90_g1", Tq=400, Tk=1600, Hq=2, Hkv=2, S=90, block_size=16, causal=False),
     Case("s_129_mostly_invalid", Tq=100, Tk=200, Hq=2, Hkv=1, S=129, block_size=32, indices="wild"),
     Case("sink_block", Tq=1500, Tk=1500, Hq=2, Hkv=1, S=2, indices="sink"),
     Case("sink_block_g16", Tq=700, Tk=700, Hq=16, Hkv=1, Dk=128, Dv=128, S=2, block_size=32, indices="sink"),

@@ -42,6 +42,7 @@ class NativeCase:
     pad: int = 0  # packed: rows past the last sequence, all NaN
     float_gates: bool = False
     signed_gates: bool = False  # of both signs, and 0 for a tenth of them
+    gate_scale: float = 1.0
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ def make(case: NativeCase, target: Target) -> NativeInputs:
     if case.signed_gates:
         zero = torch.rand(*gates.shape, generator=gen) < 0.1
         gates = (3 * gates - 1.5).masked_fill(zero, 0.0)
-    x["gates"] = gates.to(torch.float32 if case.float_gates else target.dtype)
+    x["gates"] = (case.gate_scale * gates).to(torch.float32 if case.float_gates else target.dtype)
     dout = draw(*lead_q, case.Hq, case.Dv)
     if case.pad:
         for name, tensor in x.items():

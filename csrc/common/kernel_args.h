@@ -36,7 +36,7 @@ TensorArg tensor_arg(const Tensor& tensor, const Problem& problem, int64_t rows,
   return tensor_arg(tensor, problem.cu_seqlens_q != nullptr, problem.batch, rows, element_bytes);
 }
 
-// Of a query row and head, for the backward: one 8-byte load.
+// Of a query row and head, for the backward. dQ reads both at once, dK and dV in two halves.
 struct RowStats {
   // (lse - log |gate|) log2(e): exp2(s - lse2) is |gate| P. +inf on dead rows and where the gate is 0.
   float lse2;

@@ -58,12 +58,10 @@ __device__ __forceinline__ void copy16_async(uint32_t shared, const void* global
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
-// The same for 4 or 8 bytes, through L1.
-template <int kBytes>
-__device__ __forceinline__ void copy_small_async(uint32_t shared, const void* global, bool valid) {
-  const int bytes = valid ? kBytes : 0;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes)
-               : "memory");
+// The same for 4 bytes, through L1.
+__device__ __forceinline__ void copy4_async(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // Waits for all cp.async of this thread.

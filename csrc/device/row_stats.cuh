@@ -10,8 +10,8 @@ namespace nsa::device {
 
 // A row's {lse2, delta} into two arrays: P needs the first, dS the second, and a load of both wastes half.
 __device__ __forceinline__ void copy_row_stats(uint32_t lse2, uint32_t delta, const cuda::RowStats* stats, bool real) {
-  copy_small_async<4>(lse2, &stats->lse2, real);
-  copy_small_async<4>(delta, &stats->delta, real);
+  copy4_async(lse2, &stats->lse2, real);
+  copy4_async(delta, &stats->delta, real);
 }
 
 __device__ __forceinline__ float with_sign(float delta, bool negative) {

@@ -8,9 +8,8 @@
 namespace nsa::device {
 
 // What is known of a token of a group; with the number of its blocks set aside (top_blocks.cuh) 32 bytes of shared
-// memory. A block j is scored where init_blocks <= j <
-// scan_end and it isn't one of the local blocks [local_first, local_end), which are taken anyway, as are those before
-// init_blocks.
+// memory. A block j is scored where init_blocks <= j < scan_end and it isn't one of the local blocks [local_first,
+// local_end), which are taken anyway, as are those before init_blocks.
 struct TokenState {
   float threshold;  // scores that don't exceed it can't enter the list
   int scan_end;     // 0: nothing to score, since every candidate is taken, or only the forced ones

@@ -1,3 +1,4 @@
+// Sums over the lanes of a warp.
 #pragma once
 
 #include "device/ptx.cuh"

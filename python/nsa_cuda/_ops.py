@@ -197,11 +197,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
 
 
 class Gated(NamedTuple):
-    """What the backward of one branch of a gated sum takes; dout is that of the sum, and o isn't read."""
+    """What the backward of one branch of a gated sum takes; o isn't read."""
 
-    gate: Tensor  # [.., Hq]
+    gate: Tensor | None  # [.., Hq], and dout is that of the sum; None: dout is the branch's own
     delta: Tensor  # [.., Hq] sum(dout o), of lse's dtype
     dq: Tensor | None  # what dq is added to, contiguous; None: nothing
+
+
+def scale_rows(x: Tensor, factors: Tensor) -> Tensor:
+    """x [.., D] times factors [..], multiplied in float32 (float64 for float64) and rounded once."""
+    return torch.mul(x, factors.unsqueeze(-1).to(lse_dtype(x.dtype)), out=torch.empty_like(x))
 
 
 def backward_arguments(

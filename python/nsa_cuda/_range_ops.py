@@ -32,6 +32,7 @@ from nsa_cuda._ops import (
     implement_operators,
     native,
     register_gradients,
+    scale_rows,
 )
 from nsa_cuda.reference.compression import compressed_cu_seqlens, num_compressed
 
@@ -207,8 +208,8 @@ def _reference_backward(
     problem: tuple[Any, ...],
     gated: Gated | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if dout is not None and gated is not None:
-        dout = dout * gated.gate.unsqueeze(-1).to(dout.dtype)
+    if dout is not None and gated is not None and gated.gate is not None:
+        dout = scale_rows(dout, gated.gate)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         o, lse = _reference_attention(*leaves, *problem)

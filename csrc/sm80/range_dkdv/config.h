@@ -30,7 +30,7 @@ struct Config {
 
   static constexpr int kKeyBytes = kKeys * device::Tile<kDk>::kRowBytes;
   static constexpr int kBlockBytes = kKeyBytes + kKeys * device::Tile<kDv>::kRowBytes;
-  // A stage: Q rows, dO rows, {lse2, delta} of each row.
+  // A stage: Q rows, dO rows, lse2 and delta of each row, an array each.
   static constexpr int kDout = kRows * device::Tile<kDk>::kRowBytes;
   static constexpr int kLse = kDout + kRows * device::Tile<kDv>::kRowBytes, kDelta = kLse + 4 * kRows;
   static constexpr int kStageBytes = kDelta + 4 * kRows;

@@ -28,7 +28,7 @@ struct Config {
 
   static constexpr int kKeyBytes = kKeys * device::Tile<kDk>::kRowBytes;
   static constexpr int kBlockBytes = kKeyBytes + kKeys * device::Tile<kDv>::kRowBytes;
-  // A stage: Q rows, dO rows, {lse2, delta} and the last visible key of each row.
+  // A stage: Q rows, dO rows; lse2, delta and the last visible key of each row, an array each.
   static constexpr int kDout = kRows * device::Tile<kDk>::kRowBytes;
   static constexpr int kLse = kDout + kRows * device::Tile<kDv>::kRowBytes;
   static constexpr int kDelta = kLse + 4 * kRows, kLastKeys = kDelta + 4 * kRows;

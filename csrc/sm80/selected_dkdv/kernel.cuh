@@ -51,7 +51,7 @@ struct Gather {
       const int heads = a.num_heads_k * a.group;
       device::copy_row_stats(stage + Config::kLse + 4 * row, stage + Config::kDelta + 4 * row,
                              a.stats + static_cast<int64_t>(token) * heads + head, real);
-      device::copy_small_async<4>(stage + Config::kLastKeys + 4 * row, a.plan.last_key + token, real);
+      device::copy4_async(stage + Config::kLastKeys + 4 * row, a.plan.last_key + token, real);
     }
     device::barrier_arrive_after_copies(full);
     next += Config::kRows;

@@ -106,7 +106,9 @@ struct KeyRows {
 };
 
 // The second warpgroup starts when the first has weighed a stage. Side by side they would ask for the tensor cores and
-// work on registers at the same times: 15.3 ms became 14.3 (compressed, 64K tokens).
+// work on registers at the same times: 15.3 ms became 14.3 (compressed, 64K tokens). It may wait before it gives a
+// stage back: an item begins with the rows of its first key, so stage 0 is the first warpgroup's first one, if it has
+// any.
 __device__ __forceinline__ void arrive_at_stagger() { asm volatile("bar.arrive 3, 256;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_stagger() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 

@@ -33,7 +33,7 @@ struct Config {
   using RowTileQ = device::BoxTile<kDk, kRows>;
   using RowTileDout = device::BoxTile<kDv, kRows>;
 
-  // A stage: Q rows, dO rows, {lse2, delta} and the last visible key of each row.
+  // A stage: Q rows, dO rows; lse2, delta and the last visible key of each row, an array each.
   static constexpr int kDout = 2 * kRows * kDk;
   static constexpr int kLse = kDout + 2 * kRows * kDv;
   static constexpr int kDelta = kLse + 4 * kRows, kLastKeys = kDelta + 4 * kRows;

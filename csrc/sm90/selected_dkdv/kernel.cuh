@@ -142,7 +142,7 @@ __device__ __forceinline__ void produce(const BackwardArgs& a, const Item& item,
         const cuda::RowStats* stats = a.stats + (static_cast<int64_t>(token) * heads + first_head + row.head);
         device::copy_row_stats(stage + Config::kLse + 4 * r, stage + Config::kDelta + 4 * r, stats, real);
       } else if (chunk == 1) {
-        device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + token, real);
+        device::copy4_async(stage + Config::kLastKeys + 4 * r, a.plan.last_key + token, real);
       }
       row.advance(steps, a.group);
       tokens[pass] = ahead.token(a, item);
@@ -191,7 +191,7 @@ __device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMa
       device::copy_row_stats(stage + Config::kLse + 4 * r, stage + Config::kDelta + 4 * r,
                              a.stats + (static_cast<int64_t>(from) * heads + head), real);
     } else {
-      device::copy_small_async<4>(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
+      device::copy4_async(stage + Config::kLastKeys + 4 * r, a.plan.last_key + from, real);
     }
     device::barrier_arrive_after_copies(full);
     ring.take_turns();
