@@ -131,6 +131,23 @@ def test_dq_is_added(target: Target, kind: str) -> None:
     assert torch.equal(found[:, :20], branch.q[:, :20])
 
 
+@pytest.mark.parametrize("target", ALL)
+@KIND
+def test_dq_is_added_without_a_gate(target: Target, kind: str) -> None:
+    """A gated dout and o in the place of gate and delta, as float16's kernels take them."""
+    branch = make(kind, target)
+    dq, *rest = branch.backward(branch.dout)
+    base = branch.q.clone()
+    found, *others = branch.differentiate(
+        branch.q, branch.k, branch.v, branch.o, branch.lse, branch.dout, None, *branch.problem, True, True, True,
+        gated=Gated(None, None, base),
+    )  # fmt: skip
+    assert found.data_ptr() == base.data_ptr()
+    assert all(torch.equal(a, b) for a, b in zip(rest, others, strict=True))
+    bound = 2 * torch.finfo(target.dtype).eps * float((branch.q.double().abs() + dq.double().abs()).max())
+    assert float((found.double() - branch.q.double() - dq.double()).abs().max()) <= bound
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7])
 @KIND
 def test_bits_do_not_depend_on_threads(threads: int, kind: str, one_thread) -> None:

@@ -25,7 +25,7 @@ CASES = [
     NativeCase("signed_dead_rows", q_offset=-70, signed_gates=True, float_gates=True, shared=True),
     NativeCase("signed_packed", seqlens_q=(70, 0, 3, 120), seqlens_k=(70, 0, 3, 120), pad=9, signed_gates=True),
     NativeCase("signed_noncausal", causal=False, signed_gates=True),
-    NativeCase("signed_g24", B=1, Tq=200, Hq=24, Hkv=1, Dk=128, Dv=128, block_size=64, topk=2, signed_gates=True),
+    NativeCase("signed_g24", B=1, Tq=200, Hq=24, Hkv=1, Dk=128, Dv=128, block_size=64, topk=3, signed_gates=True),
     NativeCase("small_gates", Tk=400, gate_scale=1e-3, float_gates=True),
     NativeCase("noncausal", causal=False),
     NativeCase("tq_not_tk", Tq=33, Tk=170, shared=True),

@@ -112,8 +112,10 @@ class _Branch:
         o, lse = self.operators[0](q, self.k, self.v, *self.problem)
         return o, lse
 
-    def backward(self, q: Tensor, lse: Tensor, dout: Tensor, gated: Gated, needs: Sequence[bool]) -> Any:
-        return self.operators[1](q, self.k, self.v, None, lse, dout, None, *self.problem, *needs, gated=gated)
+    def backward(
+        self, q: Tensor, o: Tensor | None, lse: Tensor, dout: Tensor, gated: Gated, needs: Sequence[bool]
+    ) -> Any:
+        return self.operators[1](q, self.k, self.v, o, lse, dout, None, *self.problem, *needs, gated=gated)
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,8 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     gated dout is ever in memory; dQ is added up in place: with dO and dQ of N bytes, 6 N are moved beside the branches,
     where gated copies, delta of each and sums of dQ take 21 N. With `recompute` one branch output is alive.
 
-    Kernels in float16 get a gated dout each after all: they would round gate P, and where many keys share a row (4096:
-    P about 2e-4) a gate of 0.03 takes it below the least normal number, 6e-5, and dV a tenth of its digits.
+    Kernels in float16 get a gated dout each after all, and o: they would round gate P, and where many keys share a row
+    (4096: P about 2e-4) a gate of 0.03 takes it below the least normal number, 6e-5, and dV a tenth of its digits.
     """
     dout = _loadable(dout)  # once, and not for every branch
     inputs, outputs, lse = _Inputs(*arguments[:8]), arguments[8:11], arguments[11:14]
@@ -214,12 +216,15 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     need = dict(zip(_GRADIENTS, arguments[33], strict=True))
     keys = (("k_cmp", "v_cmp"), ("k", "v"), ("k", "v") if inputs.k_win is None else ("k_win", "v_win"))
     one_by_one = call.settings.recompute == RECOMPUTE_ALL
+    gates_dout = dout.dtype == torch.float16 and dout.is_cuda
     if one_by_one:
         dgates = dout.new_empty((*dout.shape[:-1], 3), dtype=lse_dtype(dout.dtype))
     else:
-        o_win = branches[2].forward(inputs.q)[0] if call.settings.recompute == RECOMPUTE_WINDOW else outputs[2]
-        dgates = gated_sum_backward(dout, *outputs[:2], o_win)
-        del o_win
+        if call.settings.recompute == RECOMPUTE_WINDOW:
+            outputs = (*outputs[:2], branches[2].forward(inputs.q)[0])
+        dgates = gated_sum_backward(dout, *outputs)
+        if not gates_dout:
+            outputs = (None, None, None)
     found: dict[str, Tensor] = {}
     for c, branch in enumerate(branches):
         names = ("q", *keys[c])
@@ -227,15 +232,16 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if not any(needs) and not need["gates"]:
             continue
         if one_by_one:
-            only = [branch.forward(inputs.q)[0] if c == i else None for i in range(3)]
-            dgates[..., c] = gated_sum_backward(dout, *only)[..., c]
-            del only
+            outputs = tuple(branch.forward(inputs.q)[0] if c == i else None for i in range(3))
+            dgates[..., c] = gated_sum_backward(dout, *outputs)[..., c]
         if any(needs):
-            gate, delta, own = inputs.gates[..., c], dgates[..., c], dout
-            gated = Gated(gate, delta, found.get("q"))
-            if dout.dtype == torch.float16 and dout.is_cuda:
-                own, gated = scale_rows(dout, gate), Gated(None, gate.to(delta.dtype) * delta, found.get("q"))
-            gradients = branch.backward(inputs.q, lse[c], own, gated, needs)
+            gate, o, own = inputs.gates[..., c], None, dout
+            gated = Gated(gate, dgates[..., c], found.get("q"))
+            if gates_dout:
+                gated, o, own = Gated(None, None, gated.dq), outputs[c], scale_rows(dout, gate)
+            elif one_by_one:
+                outputs = (None, None, None)
+            gradients = branch.backward(inputs.q, o, lse[c], own, gated, needs)
             for name, needed, gradient in zip(names, needs, gradients, strict=True):
                 if needed:
                     found[name] = gradient if name == "q" or name not in found else found[name].add_(gradient)

@@ -197,10 +197,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Te
 
 
 class Gated(NamedTuple):
-    """What the backward of one branch of a gated sum takes; o isn't read."""
+    """What the backward of one branch of a gated sum takes."""
 
     gate: Tensor | None  # [.., Hq], and dout is that of the sum; None: dout is the branch's own
-    delta: Tensor  # [.., Hq] sum(dout o), of lse's dtype
+    delta: Tensor | None  # [.., Hq] sum(dout o), of lse's dtype, and o isn't read; None: found from o
     dq: Tensor | None  # what dq is added to, contiguous; None: nothing
 
 
