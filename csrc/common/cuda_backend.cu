@@ -115,10 +115,10 @@ namespace {
 
 // Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
 // smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
-//   forward  clustered 6.0 : 8.1, uniform 13.7 : 15.9   (neighbours that agree, and that don't)
-//   dQ       clustered 8.3 : 11.5, uniform 16.0 : 19.2
-//   dK/dV    11.0 : 19.1
-// Forward and dQ each need the unions first, 0.13 ms clustered and 0.42 uniform.
+//   forward  clustered 5.8 : 8.1, uniform 12.9 : 15.9   (neighbours that agree, and that don't)
+//   dQ       clustered 7.7 : 11.5, uniform 15.0 : 19.2
+//   dK/dV    clustered 9.7 : 19.1, uniform 8.7 : 19.1
+// Forward and dQ each need the unions first, 0.03 to 0.05 ms.
 bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
   if (p.block_size >= 64) return p.backend != Backend::kSm80;
   return p.backend == Backend::kSm90 && operation != Operation::selected_dkdv;
