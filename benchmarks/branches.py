@@ -14,7 +14,6 @@ step's time: for the whole, above 1 it wins.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -275,15 +274,13 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     about = report.environment(device, "benchmarks.branches")
-    for name, value in about.items():
-        print(f"{name}: {value}")
     warm(device)
     bench = Bench(arguments, device)
     for shape in shapes_of(arguments, device.type == "cuda"):
         bench.shape(shape)
     if arguments.json:
         records = [{**asdict(row), "tflops": row.tflops} for row in bench.rows]
-        arguments.json.write_text(json.dumps({**about, "rows": records}, indent=1) + "\n")
+        report.write_json(arguments.json, about, records)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ included and parameters not, beside the layer's dense twin; and of the attention
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import nsa_cuda
@@ -130,8 +128,6 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     about = report.environment(device, "benchmarks.goals")
-    for name, value in about.items():
-        print(f"{name}: {value}")
     warm(device)
     bench = branches.Bench(arguments, device)
     arguments.seqlens = [arguments.seqlen]
@@ -142,12 +138,9 @@ def main() -> None:
     print(f"\n### T {long.seqlen}\n")
     columns = ("", "measured", "goal", "dense", "ratio")
     rows = [*time_rows(bench, long, short), *memory_rows(long, device)]
-    for cells in (columns, ("---", *["---:"] * 4), *rows):
-        print("| " + " | ".join(cells) + " |")
+    print(report.goal_table(columns, rows))
     if arguments.json:
-        Path(arguments.json).write_text(
-            json.dumps({**about, "rows": [dict(zip(columns, cells, strict=True)) for cells in rows]}, indent=1) + "\n"
-        )
+        report.write_json(arguments.json, about, [dict(zip(columns, cells, strict=True)) for cells in rows])
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ class Row:
 
 
 def environment(device: torch.device, module: str = "benchmarks.selected") -> dict[str, str]:
+    """What a measurement depends on, printed above its tables and returned for its JSON."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         driver = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
@@ -52,7 +53,7 @@ def environment(device: torch.device, module: str = "benchmarks.selected") -> di
     else:
         name = f"{_cpu_name()}, {torch.get_num_threads()} threads"
         software = platform.platform()
-    return {
+    about = {
         "device": name,
         "software": software,
         "torch": torch.__version__,
@@ -60,6 +61,9 @@ def environment(device: torch.device, module: str = "benchmarks.selected") -> di
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
+    for key, value in about.items():
+        print(f"{key}: {value}")
+    return about
 
 
 def _output(command: list[str]) -> str:
@@ -135,13 +139,18 @@ def _total(rows: Sequence[Row], operations: Sequence[str], chosen: Any) -> float
     return total
 
 
-def write_json(path: Path, about: dict[str, str], rows: Sequence[Row]) -> None:
-    records = []
-    for row in rows:
-        record = dataclasses.asdict(row)
-        record.update(tflops=row.tflops, share_of_floor=row.share_of_floor)
-        records.append(record)
-    path.write_text(json.dumps({**about, "rows": records}, indent=1) + "\n")
+def goal_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown: a name, then numbers."""
+    rule = ("---", *["---:"] * (len(columns) - 1))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (columns, rule, *rows))
+
+
+def records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [{**dataclasses.asdict(row), "tflops": row.tflops, "share_of_floor": row.share_of_floor} for row in rows]
+
+
+def write_json(path: Path, about: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 def plot(path: Path, about: dict[str, str], rows: Sequence[Row]) -> None:

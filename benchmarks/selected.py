@@ -208,8 +208,6 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     about = report.environment(device)
-    for name, value in about.items():
-        print(f"{name}: {value}")
     if device.type == "cuda" and methods.fla_module() is None:
         print("flash-linear-attention is not installed: not compared")
     warm(device)
@@ -218,7 +216,7 @@ def main() -> None:
     for shape in shapes:
         bench.shape(shape, given)
     if arguments.json:
-        report.write_json(arguments.json, about, bench.rows)
+        report.write_json(arguments.json, about, report.records(bench.rows))
     if arguments.plot:
         report.plot(arguments.plot, about, bench.rows)
 

@@ -12,8 +12,8 @@ measured in the same run, too.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -28,9 +28,9 @@ class Goal:
     operation: str
     milliseconds: float
     other: float | None = None  # ms of the best other NSA kernel
+    note: str = ""
 
 
-_SMALL_GROUP = Shape(32768, heads_q=32, heads_k=8)
 _NO_GROUP = Shape(32768, heads_q=16, heads_k=16)
 _GOALS = {
     Shape(65536): (
@@ -40,7 +40,7 @@ _GOALS = {
         Goal("uniform", "backward", 22.0, 34.3),
     ),
     Shape(8192): (Goal("uniform", "forward", 0.9, 1.69), Goal("uniform", "backward", 2.3, 5.1)),
-    _SMALL_GROUP: (
+    Shape(32768, heads_q=32, heads_k=8): (
         Goal("uniform", "forward", 10.0, 22.2),
         Goal("uniform", "backward", 11.0, 28.2),
         Goal("clustered", "forward", 5.0),
@@ -55,14 +55,14 @@ def times(rows: list[report.Row]) -> dict[tuple[str, str, str], float]:
     return {(r.method, r.selection, r.operation): r.timing.milliseconds for r in rows if r.timing}
 
 
-def cells(shape: Shape, goal: Goal, goal_text: str, found: dict[tuple[str, str, str], float]) -> Cells:
+def cells(shape: Shape, goal: Goal, found: dict[tuple[str, str, str], float]) -> Cells:
     measured = found.get(("nsa_cuda", goal.selection, goal.operation))
     dense = [ms for (method, _, operation), ms in found.items() if method != "nsa_cuda" and operation == goal.operation]
     name = f"T {shape.seqlen}, {shape.heads_q} q / {shape.heads_k} kv heads, {goal.selection}, {goal.operation}"
     return (
         name,
         f"{measured:.2f}" if measured else "refused",
-        goal_text,
+        f"{goal.milliseconds}{goal.note}",
         f"{goal.other}" if goal.other else "",
         f"{min(dense):.2f}" if dense else "",
         f"{min(dense) / measured:.2f}x" if dense and measured else "",
@@ -74,12 +74,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--scale", type=float, default=1.0, help="of the lengths (default: %(default)s)")
-    parser.add_argument("--json", help="write the table to this file")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     about = report.environment(device, "benchmarks.selected_goals")
-    for name, value in about.items():
-        print(f"{name}: {value}")
     warm(device)
 
     def measure(shape: Shape, *options: str) -> tuple[Shape, dict[tuple[str, str, str], float]]:
@@ -91,21 +89,18 @@ def main() -> None:
     rows: list[Cells] = []
     for shape, goals in _GOALS.items():
         scaled, found = measure(shape)
-        rows += [cells(scaled, goal, f"{goal.milliseconds}", found) for goal in goals]
+        rows += [cells(scaled, goal, found) for goal in goals]
     if device.type == "cuda":
         _, portable = measure(_NO_GROUP, "--backend", "sm80", "--no-dense", "--selections", "clustered")
         scaled, found = measure(_NO_GROUP, "--selections", "clustered")
         for operation in ("forward", "backward"):
-            limit = portable.get(("nsa_cuda", "clustered", operation), 0.0) / 2
-            goal = Goal("clustered", operation, limit)
-            rows.append(cells(scaled, goal, f"{limit:.2f} (half of sm80)", found))
+            limit = round(portable.get(("nsa_cuda", "clustered", operation), 0.0) / 2, 2)
+            rows.append(cells(scaled, Goal("clustered", operation, limit, note=" (half of sm80)"), found))
     columns = ("ms", "measured", "goal", "other", "dense", "of dense")
     print(f"\n### Against the goals, {arguments.dtype}\n")
-    for row in (columns, ("---", *["---:"] * 5), *rows):
-        print("| " + " | ".join(row) + " |")
+    print(report.goal_table(columns, rows))
     if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({**about, "rows": [dict(zip(columns, row, strict=True)) for row in rows]}, file, indent=1)
+        report.write_json(arguments.json, about, [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":
