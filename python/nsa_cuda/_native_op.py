@@ -223,28 +223,29 @@ def _backward(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if call.settings.recompute == RECOMPUTE_WINDOW:
             outputs = (*outputs[:2], branches[2].forward(inputs.q)[0])
         dgates = gated_sum_backward(dout, *outputs)
-        if not gates_dout:
-            outputs = (None, None, None)
+    if not gates_dout:  # nobody reads them any more
+        outputs = (None, None, None)
     found: dict[str, Tensor] = {}
     for c, branch in enumerate(branches):
         names = ("q", *keys[c])
         needs = [need[name] for name in names]
         if not any(needs) and not need["gates"]:
             continue
+        o = branch.forward(inputs.q)[0] if one_by_one else outputs[c]
         if one_by_one:
-            outputs = tuple(branch.forward(inputs.q)[0] if c == i else None for i in range(3))
-            dgates[..., c] = gated_sum_backward(dout, *outputs)[..., c]
+            dgates[..., c] = gated_sum_backward(dout, *(o if c == i else None for i in range(3)))[..., c]
         if any(needs):
-            gate, o, own = inputs.gates[..., c], None, dout
-            gated = Gated(gate, dgates[..., c], found.get("q"))
+            gate, dq = inputs.gates[..., c], found.get("q")
             if gates_dout:
-                gated, o, own = Gated(None, None, gated.dq), outputs[c], scale_rows(dout, gate)
-            elif one_by_one:
-                outputs = (None, None, None)
+                own, gated = scale_rows(dout, gate), Gated(None, None, dq)
+            else:
+                o, own, gated = None, dout, Gated(gate, dgates[..., c], dq)
             gradients = branch.backward(inputs.q, o, lse[c], own, gated, needs)
+            del own  # not beside the next branch's
             for name, needed, gradient in zip(names, needs, gradients, strict=True):
                 if needed:
                     found[name] = gradient if name == "q" or name not in found else found[name].add_(gradient)
+        del o
     if need["gates"]:
         found["gates"] = dgates.to(inputs.gates.dtype)
     return tuple(found[name] if name in found else inputs.q.new_empty(0) for name in _GRADIENTS)

@@ -103,7 +103,7 @@ def _gates(x: Tensor, lead: tuple[int, ...]) -> tuple[int, ...]:
     return _address(x), _DTYPES[x.dtype], *((0,) if len(lead) == 2 else ()), *strides
 
 
-_NO_GATE = (0, 1, 0, 0, 0, 0)
+_NO_GATE = (0, _DTYPES[torch.float32], 0, 0, 0, 0)
 
 
 def _problem(
