@@ -1,6 +1,6 @@
-// The sign of a row's gate, which the backward's kernels carry in the lowest bit of its delta: P becomes gate P by one
-// exclusive or, done where scores are masked. Calls with a negative gate take that way everywhere, so that the usual
-// one costs nothing: neither instructions nor a register.
+// {lse2, delta} of a row, and the sign of its gate, which the backward's kernels carry in the lowest bit of delta:
+// P becomes gate P by one exclusive or, done where scores are masked. Calls with a negative gate take that way
+// everywhere, so that the usual one costs nothing: neither instructions nor a register.
 #pragma once
 
 #include "common/kernel_args.h"

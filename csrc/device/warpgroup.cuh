@@ -16,8 +16,8 @@ __device__ __forceinline__ void give_registers() {
 }
 
 // Copies a warp's unit of one tensor into rows 16 (warp % 4) .. of its warpgroup's BoxTile; rows that don't exist
-// become zeros. Eight lanes take a row, four rows at a time; a division a row and chunk would be half of all
-// instructions between two tiles.
+// become zeros. Eight lanes take a row, four rows at a time, with one division a lane: later rows follow from its
+// first.
 template <int kDim>
 __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg& from, const QueryTile& tile,
                                           const Unit& unit, int group, int warp, int lane) {
