@@ -7,16 +7,18 @@
 namespace nsa::sm90::select_blocks {
 
 // Warpgroups of 64 q rows (whole tokens) and a producer of one thread. The tensor cores need as long for 64 x 128
-// scores as the units of exp2 (512 clocks of an SM), so one warpgroup's products must run under the others'
-// exponentials: three warpgroups, and in each the second half of a stage and the first half of the next are multiplied
-// while the half before is worked on. Registers: scores 64, sums of blocks 16, about 60 more.
+// scores as the units of exp2 (512 clocks of an SM), so a warpgroup's products must run under the others'
+// exponentials and lists: four warpgroups where shared memory holds their Q, each with one stage's scores. Three that
+// multiplied one half of a stage under the other's exponentials took 5 % longer (64K tokens), 10 % at 8K.
+// Registers: scores 64, sums of blocks 16, about 25 more; 104 are left of four warpgroups' 96 when the producer gives
+// up 40.
 template <typename Element_, int kDk_>
 struct Config {
   using Element = Element_;
   static constexpr int kDk = kDk_;
   static constexpr int kGroups = cuda::selection_groups(Backend::kSm90, kDk);
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kConsumerRegisters = kGroups == 3 ? 152 : 224;
+  static constexpr int kConsumerRegisters = kGroups == 4 ? 104 : kGroups == 3 ? 152 : 224;
   static constexpr int kProducerRegisters = 56;  // a division of 64 bits takes 40
   static constexpr int kKeys = 128;              // a stage: 32 blocks, in order of the keys' class (block_pool.cuh)
   static constexpr int kQueryBytes = 2 * cuda::kSelectionRows * kDk;  // of a group

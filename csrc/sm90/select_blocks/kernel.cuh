@@ -97,14 +97,14 @@ __device__ __forceinline__ void produce(const SelectionArgs& a, const Maps& maps
   }
 }
 
-// Scores of 64 rows and half a stage: classes 2 kHalf and 2 kHalf + 1 of its keys.
-template <typename Config, int kHalf>
-__device__ __forceinline__ void start_scores(float (&s)[8][4], uint32_t query, uint32_t keys) {
-  const uint64_t from_a = device::matrix_descriptor(query), from_b = device::matrix_descriptor(keys + kHalf * 64 * 128);
+// Scores of 64 rows and a stage.
+template <typename Config>
+__device__ __forceinline__ void start_scores(float (&s)[16][4], uint32_t query, uint32_t keys) {
+  const uint64_t from_a = device::matrix_descriptor(query), from_b = device::matrix_descriptor(keys);
   device::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < Config::kDk / 16; ++step) {
-    device::Wgmma<typename Config::Element, 64>::rows(
+    device::Wgmma<typename Config::Element, 128>::rows(
         s, device::advance(from_a, step / 4 * BoxTile<Config::kDk, 64>::kBoxBytes + step % 4 * 32),
         device::advance(from_b, step / 4 * BoxTile<Config::kDk, 128>::kBoxBytes + step % 4 * 32), step > 0);
   }
@@ -125,50 +125,32 @@ struct Group {
   int seen_by_all;  // keys that every token sees
 };
 
-// Both classes of a half; first: the stage's first key.
-template <int kHalf, typename Config, bool kWhole>
-__device__ __forceinline__ void pool_half(const SelectionArgs& a, Group<Config, kWhole>& group, float (&s)[8][4],
-                                          int first, int lane) {
-  const bool masked = first + 128 > group.seen_by_all;
-  float (&low)[4][4] = *reinterpret_cast<float (*)[4][4]>(&s[0]);
-  float (&high)[4][4] = *reinterpret_cast<float (*)[4][4]>(&s[4]);
-  device::probabilities<4>(low, group.rows, a.scale_log2, first + 2 * kHalf, masked, lane);
-  group.pool.template add<2 * kHalf>(low, lane);
-  device::probabilities<4>(high, group.rows, a.scale_log2, first + 2 * kHalf + 1, masked, lane);
-  group.pool.template add<2 * kHalf + 1>(high, lane);
+// A stage's keys of one class; first: the stage's first key.
+template <int kClass, typename Config, bool kWhole>
+__device__ __forceinline__ void pool_class(const SelectionArgs& a, Group<Config, kWhole>& group, float (&s)[16][4],
+                                           int first, bool masked, int lane) {
+  float(&scores)[4][4] = *reinterpret_cast<float(*)[4][4]>(&s[4 * kClass]);
+  device::probabilities<4>(scores, group.rows, a.scale_log2, first + kClass, masked, lane);
+  group.pool.template add<kClass>(scores, lane);
 }
 
-// Half a stage is pooled under the next half's product, and the list's work goes under the next stage's first. No
-// product is in flight where the loop closes: ptxas would serialise them all.
 template <typename Config, bool kWhole>
 __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& shared, uint32_t query,
                                      Group<Config, kWhole>& group, int stages, int warp, int lane) {
-  float low[8][4], high[8][4];
-  device::barrier_wait(shared.full(), shared.phase);
-  start_scores<Config, 0>(low, query, shared.keys());
-  device::wgmma_wait<0>();
-  device::hold(low);
+  float s[16][4];
   for (int i = 0; i < stages; ++i) {
-    start_scores<Config, 1>(high, query, shared.keys());
-    pool_half<0>(a, group, low, 128 * i, lane);
-    const uint32_t emptied = shared.empty();
-    shared.advance();
-    if (i + 1 < stages) {
-      // A ring of one stage must be given back first; else the next product follows this one at once.
-      if (shared.layout.stages > 1) device::barrier_wait(shared.full(), shared.phase);
-      device::wgmma_wait<0>();
-      release(emptied, lane);
-      if (shared.layout.stages == 1) device::barrier_wait(shared.full(), shared.phase);
-      start_scores<Config, 0>(low, query, shared.keys());
-    } else {
-      device::wgmma_wait<0>();
-      release(emptied, lane);
-    }
-    device::hold(high);  // with the wait in both branches: exponentials hoisted above them would delay the start
-    pool_half<1>(a, group, high, 128 * i, lane);
-    device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
+    device::barrier_wait(shared.full(), shared.phase);
+    start_scores<Config>(s, query, shared.keys());
     device::wgmma_wait<0>();
-    device::hold(low);
+    device::hold(s);
+    release(shared.empty(), lane);
+    shared.advance();
+    const bool masked = 128 * (i + 1) > group.seen_by_all;
+    pool_class<0>(a, group, s, 128 * i, masked, lane);
+    pool_class<1>(a, group, s, 128 * i, masked, lane);
+    pool_class<2>(a, group, s, 128 * i, masked, lane);
+    pool_class<3>(a, group, s, 128 * i, masked, lane);
+    device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
   }
   release(shared.empty_q(), lane);
 }
