@@ -48,9 +48,10 @@ struct ForwardArgs {
   Plan plan;
   TileUnions unions;  // sm90
   TensorArg q, k, v, o;
-  TensorArg lse;           // float; data null: not wanted
-  int num_heads_k, group;  // Hkv, G
-  float scale_log2;        // softmax_scale * log2(e)
+  TensorArg lse;  // float; data null: not wanted
+  int num_heads_k;
+  Divisor group;     // G
+  float scale_log2;  // softmax_scale * log2(e)
 };
 
 struct BackwardArgs {
@@ -62,7 +63,8 @@ struct BackwardArgs {
   const RowStats* stats;  // [total_q, Hq]
   const int* negative;    // whether the gate of any row is; null: no
   float* partials;        // [max_partials, l', Dk + Dv]
-  int num_heads_k, group;
+  int num_heads_k;
+  Divisor group;
   float scale, scale_log2;
   bool accumulate_dq;
 };

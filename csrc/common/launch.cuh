@@ -30,7 +30,7 @@ template <typename Config, typename Kernel, typename Args, typename... More>
 Status launch_query_tiles(const char* what, Kernel* kernel, const Args& args, const Launch& device, int warps,
                           const More&... more) {
   const int stages = Config::num_stages(device.shared_memory, warps);
-  const int per_head = (args.plan.units.max_units + warps - 1) / warps;
+  const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
   const int tiles = per_head * args.num_heads_k;
   return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms),
                        32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps), device.stream, args,

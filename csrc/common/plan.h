@@ -13,6 +13,7 @@
 
 #include <vector_types.h>
 
+#include "common/divisor.h"
 #include "nsa_cuda/nsa.h"
 
 namespace nsa::cuda {
@@ -28,9 +29,10 @@ struct Units {
   const int32_t* token_begin;
   const int32_t* unit_begin;
   int runs;
-  int tokens_per_run, units_per_run;  // where unit_begin is null
-  int max_units;                      // of one kv head; packed: an upper bound
-  int alignment;                      // 1, or 4 for wgmma
+  int tokens_per_run;  // where unit_begin is null
+  Divisor units_per_run;
+  int max_units;  // of one kv head; packed: an upper bound
+  int alignment;  // 1, or 4 for wgmma
 };
 
 // Device pointers and sizes, passed to kernels by value.
@@ -57,7 +59,7 @@ struct TileUnions {
   int32_t* entries;  // [Hkv * tiles_per_head, capacity, words]: {k row of the first key, keys, flags, members...}
   int2* counts;      // [Hkv * tiles_per_head] {entries at the front, at the back}; {0, 0}: the tile has no rows
   int warps;         // units a tile
-  int tiles_per_head;
+  Divisor tiles_per_head;
   int part;             // keys
   int capacity, words;  // entries a tile, 32-bit words an entry
 };
@@ -90,7 +92,7 @@ Plan carve_plan(const SelectedAttentionProblem& problem, Carver& carver, int uni
 Status make_plan(const SelectedAttentionProblem& problem, const Plan& plan, cudaStream_t stream);
 
 TileUnions carve_unions(const SelectedAttentionProblem& problem, const Plan& plan, TileSize size, Carver& carver);
-Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, int group, cudaStream_t stream);
+Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, Divisor group, cudaStream_t stream);
 
 // The lists turned round: for every (kv head, block) the q rows that chose it, ascending.
 //

@@ -9,9 +9,9 @@ namespace nsa::cuda {
 struct RangeForwardArgs {
   RangePlan plan;
   TensorArg q, k, v, o;
-  TensorArg lse;           // float; data null: not wanted
-  int num_heads_k, group;  // Hkv, G
-  float scale_log2;        // softmax_scale * log2(e)
+  TensorArg lse;               // float; data null: not wanted
+  Divisor num_heads_k, group;  // Hkv, G
+  float scale_log2;            // softmax_scale * log2(e)
 };
 
 struct RangeBackwardArgs {
@@ -21,7 +21,7 @@ struct RangeBackwardArgs {
   const RowStats* stats;  // [total_q, Hq]
   const int* negative;    // whether the gate of any row is; null: no
   float* partials;        // [Hkv, max_partials, keys of a tile, Dk + Dv]
-  int num_heads_k, group;
+  Divisor num_heads_k, group;
   float scale, scale_log2;
   bool accumulate_dq;
 };

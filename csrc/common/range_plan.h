@@ -23,7 +23,7 @@ struct RangePlan {
   int32_t* key_begin;
   int total_q, total_k;
   int run_k, run_keys;   // batched: k rows from one run to the next, and how many of them are keys (Tk or Nc)
-  int chunk;             // q rows that one work item of dK and dV takes; split runs go through fp32 partial tiles
+  Divisor chunk;         // q rows that one work item of dK and dV takes; split runs go through fp32 partial tiles
   int max_chunks;        // of a key tile
   int partials_per_run;  // batched
   int max_partials;      // of one kv head; 0: nothing is split

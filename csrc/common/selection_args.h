@@ -13,8 +13,9 @@ struct SelectionPlan {
   // Packed calls only. [runs + 1] q rows and tiles before each run: the rows before the first sequence, the sequences,
   // the rows behind the last one.
   int32_t *token_begin, *tile_begin;
-  int runs, tokens_per_run, tiles_per_run;  // batched: a run is a sequence
-  int max_tiles;                            // of one kv head; packed: an upper bound
+  int runs, tokens_per_run;  // batched: a run is a sequence
+  Divisor tiles_per_run;
+  int max_tiles;  // of one kv head; packed: an upper bound
   int tokens_per_tile;
   int total_q, total_k;
 };
@@ -27,7 +28,7 @@ struct SelectionArgs {
   int64_t q_offset;
   bool has_q_offset, causal;
   float scale_log2;                                // softmax_scale * log2(e)
-  int num_heads_k, group;                          // Hkv, G
+  Divisor num_heads_k, group;                      // Hkv, G
   int num_tokens, num_keys, run_k;                 // batched: Tk, Nc, and k rows from one batch to the next
   int64_t kernel_size, kernel_stride, block_size;  // l, d, l'
   int keys_per_block, overlap;                     // l' / d, l / d

@@ -23,7 +23,7 @@ constexpr int kMaxEntries = 1 << 14;
 int max_tokens(int warps, int group) { return (16 * warps + group - 2) / group + 1; }
 
 // Any number of tokens, entries and blocks.
-__global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions unions, int num_tiles, int group) {
+__global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions unions, int num_tiles, Divisor group) {
   const int number = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (number >= num_tiles) return;
   const device::QueryTile tile(number, unions.tiles_per_head, unions.warps);
@@ -85,7 +85,7 @@ struct Gathering {
 // The same entries, 32 at a time. At most kWarps warps a CTA.
 template <bool kOneWord>
 __global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
-    gather_unions(Plan plan, TileUnions unions, int num_tiles, int group, Gathering args) {
+    gather_unions(Plan plan, TileUnions unions, int num_tiles, Divisor group, Gathering args) {
   extern __shared__ __align__(16) char shared[];
   using device::StageFlags;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -150,7 +150,7 @@ TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, Til
   return unions;
 }
 
-Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, int group, cudaStream_t stream) {
+Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, Divisor group, cudaStream_t stream) {
   const int tiles = unions.tiles_per_head * num_heads_k;
   const int parts = plan.block_size / unions.part, words = unions.words - 3;
   const int64_t entries = static_cast<int64_t>(max_tokens(unions.warps, group)) * plan.list_width;

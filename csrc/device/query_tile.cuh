@@ -61,7 +61,7 @@ struct Unit {
   int first_token, first_group;  // of its first row: q row, and head in group
   int end_token;                 // behind the unit's run
 
-  __device__ __forceinline__ Unit(const cuda::Units& units, int unit, int group) {
+  __device__ __forceinline__ Unit(const cuda::Units& units, int unit, const cuda::Divisor& group) {
     int run, begin, run_unit, runs = units.runs;
     if (units.unit_begin) {
       run = find_run(units.unit_begin, runs, unit);
@@ -80,7 +80,7 @@ struct Unit {
     first_token = begin + in_run;
     first_group = 16 * run_unit - in_run * group;
   }
-  __device__ __forceinline__ int last_token(int group) const {
+  __device__ __forceinline__ int last_token(const cuda::Divisor& group) const {
     return min(first_token + (first_group + 15) / group, end_token - 1);
   }
 };
@@ -95,11 +95,12 @@ struct QueryTile {
     int token, head;  // q row, query head
   };
 
-  __device__ __forceinline__ QueryTile(int tile, int tiles_per_head, int warps)
+  __device__ __forceinline__ QueryTile(int tile, const cuda::Divisor& tiles_per_head, int warps)
       : head(tile / tiles_per_head), first_unit((tile - head * tiles_per_head) * warps) {}
 
   // The tile's tokens follow each other, whatever sequences they belong to.
-  __device__ __forceinline__ int2 tokens(const cuda::Units& units, int warps, int group) const {  // {first, number}
+  __device__ __forceinline__ int2 tokens(const cuda::Units& units, int warps,
+                                         const cuda::Divisor& group) const {  // {first, number}
     const Unit first(units, first_unit, group);
     if (!first.real) return {0, 0};
     int last_unit = first_unit + warps - 1;
@@ -108,7 +109,7 @@ struct QueryTile {
     return {first.first_token, Unit(units, last_unit, group).last_token(group) + 1 - first.first_token};
   }
   // Row i of a unit.
-  __device__ __forceinline__ Row row(const Unit& unit, int i, int group) const {
+  __device__ __forceinline__ Row row(const Unit& unit, int i, const cuda::Divisor& group) const {
     const int step = (unit.first_group + i) / group;
     const int token = unit.first_token + step;
     return {unit.real && token < unit.end_token, token, head * group + unit.first_group + i - step * group};
@@ -192,7 +193,8 @@ __device__ __forceinline__ void describe_part(const KeyRing<Shape>& ring, int i,
 template <typename Shape>
 __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const cuda::TensorArg& k,
                                                    const cuda::TensorArg& v, int number, const QueryTile& tile,
-                                                   int warps, int group, KeyRing<Shape>& ring, int warp, int lane) {
+                                                   int warps, const cuda::Divisor& group, KeyRing<Shape>& ring,
+                                                   int warp, int lane) {
   constexpr int kThreads = 32 * Shape::kProducerWarps;
   const int thread = 32 * warp + lane;
   const int part = min(plan.block_size, Shape::kKeys);  // keys that a block gives to a stage
@@ -246,8 +248,9 @@ __device__ __forceinline__ void produce_key_stages(const cuda::Plan& plan, const
 // The producers' whole work: a CTA takes every gridDim.x-th tile.
 template <typename Shape>
 __device__ __forceinline__ void produce_tiles(const cuda::Plan& plan, const cuda::TensorArg& k,
-                                              const cuda::TensorArg& v, int num_heads_k, int group, int warps,
-                                              int tiles_per_head, KeyRing<Shape>& ring, int warp, int lane) {
+                                              const cuda::TensorArg& v, int num_heads_k, const cuda::Divisor& group,
+                                              int warps, const cuda::Divisor& tiles_per_head, KeyRing<Shape>& ring,
+                                              int warp, int lane) {
   // one kv head after the other: its K and V stay in the L2
   for (int t = blockIdx.x; t < tiles_per_head * num_heads_k; t += gridDim.x) {
     produce_key_stages(plan, k, v, t, QueryTile(t, tiles_per_head, warps), warps, group, ring, warp, lane);

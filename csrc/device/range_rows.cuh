@@ -12,8 +12,8 @@ struct RowOperand;
 template <int kDim>
 struct RowOperand<kDim, true> : RegisterOperand<kDim> {
   template <typename Queries>
-  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t, int warp,
-                                        int lane) {
+  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, const cuda::Divisor& group,
+                                        uint32_t, int warp, int lane) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const auto row = tile.row(16 * warp + lane / 4 + 8 * r, group);
@@ -32,8 +32,8 @@ struct RowOperand<kDim, false> {
   uint32_t at;
   int lane;
   template <typename Queries>
-  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, int group, uint32_t to,
-                                        int warp, int lane_) {
+  __device__ __forceinline__ void fetch(const cuda::TensorArg& from, const Queries& tile, const cuda::Divisor& group,
+                                        uint32_t to, int warp, int lane_) {
     constexpr int kChunks = Tile<kDim>::kChunks;
     at = to;
     lane = lane_;

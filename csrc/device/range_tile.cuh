@@ -49,8 +49,8 @@ struct RangeQueries {
 
   // Tiles with the most keys come first where masks are causal; heads alternate, so that neighbouring CTAs see the same
   // part of the sequence.
-  __device__ __forceinline__ RangeQueries(const cuda::RangePlan& plan, int tile, int tiles_per_head, int num_heads_k,
-                                          int group) {
+  __device__ __forceinline__ RangeQueries(const cuda::RangePlan& plan, int tile, int tiles_per_head,
+                                          const cuda::Divisor& num_heads_k, const cuda::Divisor& group) {
     const int nth = tile / num_heads_k;
     head = tile - nth * num_heads_k;
     const RunOfUnit run(plan.units, (tiles_per_head - 1 - nth) * (kRows / 16));
@@ -96,7 +96,7 @@ struct RangeQueries {
     run_end = load_shared(at + 32);
   }
 
-  __device__ __forceinline__ Row row(int i, int group) const {
+  __device__ __forceinline__ Row row(int i, const cuda::Divisor& group) const {
     const int step = (first_group + i) / group;
     const int token = first_token + step;
     return {token < end_token, token, head * group + first_group + i - step * group};
@@ -163,7 +163,7 @@ struct RangeItem {
   }
 
   // Rows (token * G + head) of the item that see all of its keys: {first, end}.
-  __device__ __forceinline__ int2 rows_of_all(const cuda::RangePlan& plan, int group) const {
+  __device__ __forceinline__ int2 rows_of_all(const cuda::RangePlan& plan, const cuda::Divisor& group) const {
     const int first = __ldg(plan.queries + first_key + keys - 1).x, end = __ldg(plan.queries + first_key).y;
     return {(first - begin) * group, (end - begin) * group};
   }
@@ -172,14 +172,14 @@ struct RangeItem {
 // Query rows that see a lane's two keys (g and g + 8 of the warp's 16), as rows (token * G + head) of an item.
 struct RowVisibility {
   int first[2], end[2];
-  __device__ __forceinline__ void set_key(int r, bool real, int key, int begin, int group,
+  __device__ __forceinline__ void set_key(int r, bool real, int key, int begin, const cuda::Divisor& group,
                                           const cuda::RangePlan& plan) {
     const int2 run = real ? __ldg(plan.queries + key) : int2{0, 0};
     first[r] = (run.x - begin) * group;
     end[r] = (run.y - begin) * group;
   }
   // Through shared memory, 8 bytes a key: {first, end}.
-  static __device__ __forceinline__ void leave(uint32_t at, bool real, int key, int begin, int group,
+  static __device__ __forceinline__ void leave(uint32_t at, bool real, int key, int begin, const cuda::Divisor& group,
                                                const cuda::RangePlan& plan) {
     const int2 run = real ? __ldg(plan.queries + key) : int2{0, 0};
     store_shared(at, (run.x - begin) * group);

@@ -31,7 +31,8 @@ struct UnitTokens {
   int last_key;
   int2 of_tile;  // {first, number} as QueryTile::tokens() tells, but without a search of its own
 
-  __device__ __forceinline__ UnitTokens(const cuda::Plan& plan, const QueryTile& tile, int warps, int group, int lane) {
+  __device__ __forceinline__ UnitTokens(const cuda::Plan& plan, const QueryTile& tile, int warps,
+                                        const cuda::Divisor& group, int lane) {
     first = count = 0;
     last_key = INT_MAX;
     const Unit unit(plan.units, tile.first_unit + min(lane, warps - 1), group);

@@ -20,7 +20,7 @@ __device__ __forceinline__ void give_registers() {
 // first.
 template <int kDim>
 __device__ __forceinline__ void copy_unit(uint32_t boxes, const cuda::TensorArg& from, const QueryTile& tile,
-                                          const Unit& unit, int group, int warp, int lane) {
+                                          const Unit& unit, const cuda::Divisor& group, int warp, int lane) {
   using Boxes = BoxTile<kDim, 64>;
   const int first = lane / 8, chunk = lane % 8;
   QueryTile::Row row = tile.row(unit, first, group);

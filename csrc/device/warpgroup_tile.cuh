@@ -11,7 +11,8 @@
 // stood still for a third of the time.
 //
 // The tile's last stages are those that no three units of a warpgroup share. There the warps part: each takes the
-// stages of its own unit alone, and up to as many stages are at work as the ring has.
+// stages of its own unit alone, reads its own rows of Q (dO) alone, and goes on to the next tile's without the others.
+// Up to as many stages are at work as the ring has.
 #pragma once
 
 #include "device/tma_producer.cuh"
@@ -99,6 +100,7 @@ __device__ __forceinline__ void walk_stages(KeyRing<Shape>& ring, int warpgroup,
     pass.hold_sum();
     walk.release(held);
   }
+  sync_warpgroup(warpgroup);
   while (!walk.ended) {
     const unsigned flags = walk.next();
     if (flags & pass.unit_flag()) pass.attend(walk.stage, flags);

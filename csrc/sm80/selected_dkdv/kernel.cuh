@@ -27,7 +27,7 @@ struct Gather {
       : tokens(a.index.rows + item.begin), rows(item.entries * a.group), next(threadIdx.x / kThreadsPerRow) {
     read(a.group);
   }
-  __device__ __forceinline__ void read(int group) {
+  __device__ __forceinline__ void read(const cuda::Divisor& group) {
     real = next < rows;
     token = real ? __ldg(tokens + next / group) : 0;
   }

@@ -14,7 +14,7 @@ using device::Unit;
 // Copies the warp's 16 rows of one tensor into its own shared memory; rows that don't exist become zeros.
 template <int kDim>
 __device__ __forceinline__ void copy_tile(uint32_t to, const cuda::TensorArg& from, const QueryTile& tile,
-                                          const Unit& unit, int group, int lane) {
+                                          const Unit& unit, const cuda::Divisor& group, int lane) {
   constexpr int kChunks = device::Tile<kDim>::kChunks;
   for (int i = lane; i < 16 * kChunks; i += 32) {
     const int r = i / kChunks, chunk = i - r * kChunks;
@@ -90,7 +90,8 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, const KeyRing<Conf
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ BackwardArgs a, int stages, int warps, int tiles_per_head) {
+    kernel(const __grid_constant__ BackwardArgs a, int stages, int warps,
+           const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);

@@ -58,7 +58,8 @@ __device__ __forceinline__ void attend(Rows<Config>& rows, const KeyRing<Config>
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ ForwardArgs a, int stages, int warps, int tiles_per_head) {
+    kernel(const __grid_constant__ ForwardArgs a, int stages, int warps,
+           const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);

@@ -105,7 +105,7 @@ struct KeyRows {
 
   template <int kKeys>
   __device__ __forceinline__ KeyRows(const cuda::RangePlan& plan, const device::RangeItem<kKeys>& item, int first_key,
-                                     int group, bool mask_all) {
+                                     const cuda::Divisor& group, bool mask_all) {
     const int keys = min(item.keys - first_key, 64);
     first = end = first_of_all = end_of_all = 0;
     if (keys <= 0) return;
@@ -210,7 +210,8 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
       device::start_columns<Element, kRows, Config::kDkColumns>(
           sums.dk, ds_operand, stage + half * (Config::kDkColumns / 64) * Config::RowTileQ::kBoxBytes);
       device::wgmma_commit();
-      device::wgmma_wait<Config::kDk == 128 ? 0 : 1>();  // dK may go on under the next scores; (128, 128) lacks registers
+      device::wgmma_wait<Config::kDk == 128 ? 0
+                                            : 1>();  // dK may go on under the next scores; (128, 128) lacks registers
       device::hold(sums.dv);
       last = shared.stage;
       shared.advance();

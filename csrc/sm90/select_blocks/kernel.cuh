@@ -129,7 +129,7 @@ struct Group {
 template <int kClass, typename Config, bool kWhole>
 __device__ __forceinline__ void pool_class(const SelectionArgs& a, Group<Config, kWhole>& group, float (&s)[16][4],
                                            int first, bool masked, int lane) {
-  float(&scores)[4][4] = *reinterpret_cast<float(*)[4][4]>(&s[4 * kClass]);
+  float (&scores)[4][4] = *reinterpret_cast<float (*)[4][4]>(&s[4 * kClass]);
   device::probabilities<4>(scores, group.rows, a.scale_log2, first + kClass, masked, lane);
   group.pool.template add<kClass>(scores, lane);
 }

@@ -72,9 +72,10 @@ struct RowRing {
 struct GroupRow {
   int entry, head;
 
-  __device__ __forceinline__ GroupRow(int row, int group) : entry(row / group), head(row - entry * group) {}
+  __device__ __forceinline__ GroupRow(int row, const cuda::Divisor& group)
+      : entry(row / group), head(row - entry * group) {}
   // steps: GroupRow(rows, group)
-  __device__ __forceinline__ void advance(const GroupRow& steps, int group) {
+  __device__ __forceinline__ void advance(const GroupRow& steps, const cuda::Divisor& group) {
     entry += steps.entry;
     head += steps.head;
     if (head >= group) {

@@ -125,8 +125,8 @@ struct Pass {
 
 // As in the forward, the next tile's rows are on their way while this one's dQ is written.
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
-                                        int warp, int lane) {
+__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps,
+                                        const cuda::Divisor& tiles_per_head, int warp, int lane) {
   const int warpgroup = warp / 4, tiles = tiles_per_head * a.num_heads_k;
   Pass<Config> pass(a, ring, warp, lane);
   int t = blockIdx.x;
@@ -137,8 +137,7 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& 
     device::fence_shared_for_wgmma();
     device::sync_warpgroup(warpgroup);
     device::walk_stages<Config>(ring, warpgroup, lane, pass);
-    device::sync_warpgroup(warpgroup);  // nobody reads this tile's Q and dO any more
-    const int next = t + gridDim.x;
+    const int next = __shfl_sync(device::kFullWarp, t + gridDim.x, 0);  // uniform, or it takes a register
     if (next < tiles) pass.load(a, QueryTile(next, tiles_per_head, warps));
     pass.store(a, QueryTile(t, tiles_per_head, warps));
   }
@@ -147,7 +146,7 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ cuda::KeyMaps maps, int stages, int warps,
-           int tiles_per_head) {
+           const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);

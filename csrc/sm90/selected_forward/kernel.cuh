@@ -91,8 +91,8 @@ struct Pass {
 // The CTA's tiles are the producer's. The next tile's Q is on its way while this one's o is written: loading it between
 // the two cost 4 us a tile, a tenth of the whole.
 template <typename Config>
-__device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps, int tiles_per_head,
-                                        int warp, int lane) {
+__device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps,
+                                        const cuda::Divisor& tiles_per_head, int warp, int lane) {
   const int warpgroup = warp / 4, tiles = tiles_per_head * a.num_heads_k;
   Pass<Config> pass(a, ring, warp, lane);
   int t = blockIdx.x;
@@ -103,8 +103,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& r
     device::sync_warpgroup(warpgroup);
     pass.softmax.reset();
     device::walk_stages<Config>(ring, warpgroup, lane, pass);
-    device::sync_warpgroup(warpgroup);  // nobody reads this tile's Q any more
-    const int next = t + gridDim.x;
+    const int next = __shfl_sync(device::kFullWarp, t + gridDim.x, 0);  // uniform, or it takes a register
     if (next < tiles) load_rows<Config>(a, QueryTile(next, tiles_per_head, warps), pass.q, warp, lane, pass.sees);
     pass.softmax.template store<typename Config::Element>(a, QueryTile(t, tiles_per_head, warps), warp, lane);
   }
@@ -113,7 +112,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& r
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ cuda::KeyMaps maps, int stages, int warps,
-           int tiles_per_head) {
+           const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
