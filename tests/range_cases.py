@@ -70,6 +70,14 @@ GROUPS += [
 ]
 GROUPS += both("g6_d192_128", Tq=90, Tk=90, Hq=12, Hkv=2, Dk=192, Dv=128)
 
+# Hopper's dK and dV begin with any row of those that see a tile's 128 keys; here also with one that only the second 64
+# are seen by.
+TURNS = [
+    case
+    for Dk, Dv in ((64, 64), (128, 128), (192, 128), (256, 256))
+    for case in window(f"turns_d{Dk}", Tq=900, Tk=900, Hq=16, Hkv=1, Dk=Dk, Dv=Dv, window_size=16)
+]
+
 WIDTHS = [
     case
     for causal in (True, False)
@@ -183,7 +191,7 @@ LAYOUTS = [
 ]
 LAYOUTS += [replace(c, name=c.name + "_d192_128", Dk=192, Dv=128) for c in LAYOUTS[::5]]
 
-EVERYTHING = REGULAR + GROUPS + WIDTHS + STRIDES + ODD + RAGGED + CORNER + POSITIONS + PACKED + LAYOUTS
+EVERYTHING = REGULAR + GROUPS + TURNS + WIDTHS + STRIDES + ODD + RAGGED + CORNER + POSITIONS + PACKED + LAYOUTS
 
 # The smallest shapes that reach every path, for compute-sanitizer.
 SANITIZER = [
