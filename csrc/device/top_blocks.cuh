@@ -167,6 +167,7 @@ __device__ __forceinline__ void consider_blocks(const cuda::SelectionArgs& a, co
   }
   aside += __popc(entering);
   if constexpr (kOwn) {
+    __syncwarp();  // every lane has read the number
     if (lane == 0) store_shared(table.state(token) + 24, aside);
     __syncwarp();
   } else {
