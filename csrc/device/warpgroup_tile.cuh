@@ -100,7 +100,7 @@ __device__ __forceinline__ void walk_stages(KeyRing<Shape>& ring, int warpgroup,
     pass.hold_sum();
     walk.release(held);
   }
-  sync_warpgroup(warpgroup);
+  sync_warpgroup(warpgroup);  // no product of the other warps reads this one's rows any more
   while (!walk.ended) {
     const unsigned flags = walk.next();
     if (flags & pass.unit_flag()) pass.attend(walk.stage, flags);
