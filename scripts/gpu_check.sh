@@ -12,8 +12,12 @@ cd "$(dirname "$0")/.."
 
 OUT=${OUT:-$PWD/gpu_check_out}
 mkdir -p "$OUT"
-site=$PWD/build/gpu_check
-export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+site=$PWD/build/gpu_check race_site=$PWD/build/gpu_check_race
+other_path=${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$site$other_path PYTHONUNBUFFERED=1
+export FORCE_CUDA=1 NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native}
+export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
+install=(python3 -m pip install -v --no-build-isolation --no-deps --no-index --target)
 summary=()
 failed=0
 
@@ -47,22 +51,24 @@ run() {
 }
 
 build() {
-  export FORCE_CUDA=1 NSA_CUDA_ARCHITECTURES=${NSA_CUDA_ARCHITECTURES:-native}
-  export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
   local define=()
   if [[ ${NSA_PREBUILT:-} ]]; then define=(-C "cmake.define.NSA_PREBUILT=$(realpath "$NSA_PREBUILT")"); fi
   rm -rf "$site"
-  run build "${BUILD_LIMIT:-1500}" python3 -m pip install -v --no-build-isolation --no-deps --no-index --target "$site" \
-    "${define[@]}" . && python3 -m nsa_cuda
+  run build "${BUILD_LIMIT:-1500}" "${install[@]}" "$site" "${define[@]}" . && python3 -m nsa_cuda
 }
 
-# The tools side by side: each is bound by one CPU core.
+# The tools side by side: each is bound by one CPU core. racecheck has a build of its own (csrc/device/ptx.cuh).
 sanitize() {
-  local tool tools=(memcheck racecheck initcheck synccheck)
+  local tool path tools=(memcheck racecheck initcheck synccheck)
+  rm -rf "$race_site"
+  run race_build "${BUILD_LIMIT:-1500}" "${install[@]}" "$race_site" -C build-dir=build/racecheck \
+    -C cmake.define.CMAKE_CUDA_FLAGS=-DNSA_FOR_RACECHECK . || return
   for tool in "${tools[@]}"; do
+    path=$site$other_path
+    [[ $tool == racecheck ]] && path=$race_site$other_path
     # Without torch's caching allocator, so that a byte past the end of a tensor is past the end of an allocation.
     # shellcheck disable=SC2086
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 start "$tool" "${SANITIZE_LIMIT:-900}" \
+    PYTHONPATH=$path PYTORCH_NO_CUDA_MEMORY_CACHING=1 start "$tool" "${SANITIZE_LIMIT:-900}" \
       compute-sanitizer --tool "$tool" --error-exitcode 99 --target-processes all \
       python3 -m pytest -x -q -m sanitizer -p no:cacheprovider ${SANITIZE_ARGS:-} tests &
   done

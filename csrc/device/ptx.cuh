@@ -95,10 +95,20 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 
-// One arrival on behalf of the warp, behind what all of its lanes have read.
+// Arrivals that a barrier counts for a warp. racecheck doesn't follow an arrival on behalf of other lanes and reports
+// what they wrote or read; so in a build for it every lane arrives for itself.
+#ifdef NSA_FOR_RACECHECK
+inline constexpr int kWarpArrivals = 32;
+#else
+inline constexpr int kWarpArrivals = 1;
+#endif
+// Whether the lane is one that arrives.
+__device__ __forceinline__ bool arrives(int lane) { return kWarpArrivals == 32 || lane == 0; }
+
+// The warp's arrival, behind what all of its lanes have read.
 __device__ __forceinline__ void arrive_for_warp(uint32_t barrier, int lane) {
   __syncwarp();
-  if (lane == 0) barrier_arrive(barrier);
+  if (arrives(lane)) barrier_arrive(barrier);
 }
 
 // Arrives once all cp.async that this thread issued before have landed.

@@ -142,7 +142,7 @@ struct KeyRing {
   __device__ __forceinline__ void init(int producer_arrivals, int consumer_warps) const {
     for (int s = 0; s < stages; ++s) {
       barrier_init(full(s), producer_arrivals);
-      barrier_init(empty(s), consumer_warps);
+      barrier_init(empty(s), consumer_warps * kWarpArrivals);
     }
     publish_barriers();
   }

@@ -62,7 +62,10 @@ struct TmaProducer {
     const int count = counts.x + counts.y;
     if (count == 0) {  // a tile without rows: consumers count tiles as the producer does
       barrier_wait(ring.empty(), ring.phase ^ 1);
-      if (lane == 0) ring.publish(number, StageFlags::kLast);
+      if (lane == 0)
+        ring.publish(number, StageFlags::kLast);
+      else if (arrives(lane))
+        barrier_arrive(ring.full());
       ring.advance();
       return;
     }
@@ -93,6 +96,8 @@ struct TmaProducer {
       if (lane == 0) {
         ring.publish(number,
                      any | (all & (StageFlags::kAll | StageFlags::kAlone)) | (i >= count ? StageFlags::kLast : 0));
+      } else if (arrives(lane)) {
+        barrier_arrive(ring.full());
       }
       ring.advance();
     }

@@ -60,7 +60,7 @@ struct StageWalk {
     ring.advance();
   }
   __device__ __forceinline__ void release(int done) const {
-    if (lane == 0) barrier_arrive(ring.empty(done));
+    if (arrives(lane)) barrier_arrive(ring.empty(done));
   }
 };
 

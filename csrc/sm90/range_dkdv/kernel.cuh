@@ -36,7 +36,7 @@ struct Shared {
     device::barrier_init(full_block(), 1);
     for (int s = 0; s < Config::kStages; ++s) {
       device::barrier_init(base + 16 + 16 * s, 33);  // boxes; the statistics that each lane copied
-      device::barrier_init(empty(s), Config::kConsumers / 32);
+      device::barrier_init(empty(s), Config::kConsumers / 32 * device::kWarpArrivals);
     }
     device::publish_barriers();
   }

@@ -34,12 +34,12 @@ struct Shared {
   __device__ __forceinline__ uint32_t keys(int s) const { return base + Config::kStagesAt + s * Config::kStageBytes; }
   __device__ __forceinline__ uint32_t values(int s) const { return keys(s) + Config::kKeyBytes; }
   __device__ __forceinline__ void init() const {
-    constexpr int kWarps = Config::kConsumers / 32;
+    constexpr int kArrivals = Config::kConsumers / 32 * device::kWarpArrivals;
     device::barrier_init(full_q(), 1);
-    device::barrier_init(empty_q(), kWarps);
+    device::barrier_init(empty_q(), kArrivals);
     for (int s = 0; s < Config::kStages; ++s) {
       device::barrier_init(full(s), 1);
-      device::barrier_init(empty(s), kWarps);
+      device::barrier_init(empty(s), kArrivals);
     }
     device::publish_barriers();
   }

@@ -37,7 +37,7 @@ struct Shared {
   __device__ __forceinline__ void init() const {
     for (int i = 0; i < 2 + layout.stages; ++i) {
       device::barrier_init(base + 16 * i, 1);
-      device::barrier_init(base + 16 * i + 8, 4 * Config::kGroups);
+      device::barrier_init(base + 16 * i + 8, 4 * Config::kGroups * device::kWarpArrivals);
     }
     device::publish_barriers();
   }
@@ -112,7 +112,7 @@ __device__ __forceinline__ void start_scores(float (&s)[16][4], uint32_t query, 
 }
 
 __device__ __forceinline__ void release(uint32_t barrier, int lane) {
-  if (lane == 0) device::barrier_arrive(barrier);
+  if (device::arrives(lane)) device::barrier_arrive(barrier);
 }
 
 template <typename Config, bool kWhole>

@@ -41,7 +41,7 @@ struct RowRing {
     const int arrivals = boxes ? Config::kBoxWarps * 33 : Config::kProducers;
     for (int s = 0; s < stages; ++s) {
       device::barrier_init(full(s), arrivals);
-      device::barrier_init(empty(s), Config::kReaders * 4);
+      device::barrier_init(empty(s), Config::kReaders * 4 * device::kWarpArrivals);
     }
     device::publish_barriers();
   }

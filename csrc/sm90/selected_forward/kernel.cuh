@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(1, warps);
+  if (threadIdx.x == 0) ring.init(device::kWarpArrivals, warps);
   __syncthreads();
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
