@@ -149,7 +149,7 @@ __device__ int rank_entry(int& id, int lane, int width) {
 }
 
 // A group of `width` lanes holds one list of at most `width` entries. Most lists come in order, as select_blocks
-// makes them: ranking those too took two thirds of the time (0.10 ms for 64K tokens and 4 heads).
+// makes them: ranking those too took a third of the time (0.10 ms for 64K tokens and 4 heads).
 __global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, Plan plan, int width) {
   const int group = (blockIdx.x * blockDim.x + threadIdx.x) / width;
   const int lane = threadIdx.x % width;

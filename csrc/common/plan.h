@@ -3,8 +3,8 @@
 // Rows of all sequences are numbered through ("q row" 0 .. total_q, "k row" 0 .. total_k), and so are the blocks of all
 // sequences, so that a tile of queries may straddle sequences without noticing. The caller's lists (any order, any
 // values, any strides) are turned once into ascending lists of such block numbers without duplicates or invalid
-// entries: kernels never check an index again. Cost: one read and one write of the lists, 16 us for 64K tokens x 4
-// heads x 16 entries on an H100.
+// entries: kernels never check an index again. Cost: 65 us for 64K tokens x 4 heads x 16 entries in ascending order on
+// an H100, 100 us in another.
 #pragma once
 
 #include <climits>

@@ -45,7 +45,8 @@ inline constexpr int kSelectionRows = 64;      // q rows (token * G + head) of a
 inline constexpr int kMaxSelectionCtas = 256;  // what the workspace has lists for
 inline constexpr int kSharedListBytes = 8192;  // of a group; larger lists lie in the workspace
 
-// Groups of four warps of a family's kernels: as many as 227 KiB hold with Q twice and two stages of keys, or Q once.
+// Groups of four warps of a family's kernels. On Hopper as many as leave 227 KiB a stage of keys with the largest
+// tables and lists; with D 256 three would leave it one even without them.
 constexpr int selection_groups(Backend family, int64_t dk) {
   if (family == Backend::kSm90) return dk == 256 ? 2 : dk == 192 ? 3 : 4;
   return dk <= 128 ? 2 : 1;

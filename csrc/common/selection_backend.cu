@@ -100,7 +100,7 @@ Status select_blocks(const BlockSelection& args) {
     return make_status(StatusCode::kNotSupported,
                        "q has %d rows with num_heads_k %d; the CUDA kernels of block selection take fewer than 2^31 "
                        "(kv head, tile of %d rows) pairs",
-                       a.plan.total_q, a.num_heads_k, a.plan.tokens_per_tile);
+                       a.plan.total_q, int{a.num_heads_k}, a.plan.tokens_per_tile);
   }
   if (a.plan.total_q == 0) return {};
   a.q = tensor_arg(args.q, p, p.seqlen_q, 2);

@@ -50,5 +50,5 @@ def random_batch(text: Tensor, batch: int, context: int, generator: torch.Genera
 def fixed_windows(text: Tensor, count: int, context: int) -> Tensor:
     """``count`` windows spread evenly over ``text``: int64 ``[count, context + 1]``, always the same ones."""
     last = text.numel() - context - 1
-    starts = torch.tensor([i * last // max(count - 1, 1) for i in range(count)])[:, None]
+    starts = torch.tensor([i * last // max(count - 1, 1) for i in range(count)], dtype=torch.int64)[:, None]
     return text[starts + torch.arange(context + 1)].long()

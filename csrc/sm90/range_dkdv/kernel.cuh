@@ -49,7 +49,7 @@ struct Shared {
 };
 
 // The stage that an item begins with; it goes on to its last one and then from 0 to the one before. Tokens have their
-// turn by their place in the sequence, modulo the item's length: so the items whose runs overlap, which run together,
+// turn by their q row, modulo the item's length: so the items whose runs overlap, which run together,
 // read a row at the same time. From first to last, each would read it the later the earlier its keys are: with a window
 // of 512 at 64K tokens 3/4 of the reads missed the L2 and memory was 65 % busy, now 16 %; the kernel takes 5 % less.
 template <int kRows>
