@@ -22,6 +22,7 @@ struct Config {
 
   static constexpr int kQueryBytes = 64 * 2 * kDk;  // of a warpgroup
   static constexpr int kRowBytes = kQueryBytes + 64 * 2 * kDv;
+  static constexpr int kRowUnroll = 1;  // the producer of Q and dO lacks registers to load two side by side
   static constexpr int kKeyBytes = 2 * kKeys * kDk, kStageBytes = kKeyBytes + 2 * kKeys * kDv;
   // Barriers; the places of two tiles; what every row sees; Q and dO; stages.
   static constexpr int kInfos = 128, kSeen = 256, kQueries = 2048;

@@ -2,7 +2,7 @@
 //   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dQ = scale dS K
 #pragma once
 
-#include "device/range_tma.cuh"
+#include "device/range_ring.cuh"
 #include "sm90/range_dq/config.h"
 
 namespace nsa::sm90::range_dq {
@@ -17,80 +17,25 @@ template <typename Config>
 using Queries = device::RangeQueries<Config::kRows>;
 
 template <typename Config>
-struct Shared {
-  uint32_t base;
-  int stage = 0;
-  unsigned phase = 0;
+using Shared = device::RangeRing<Config, 1>;
 
-  __device__ __forceinline__ uint32_t full_q() const { return base; }
-  __device__ __forceinline__ uint32_t empty_q() const { return base + 8; }
-  __device__ __forceinline__ uint32_t full(int s) const { return base + 16 + 16 * s; }
-  __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
-  // {tile's place, whether there is one} of every second tile
-  __device__ __forceinline__ uint32_t info(int tile) const { return base + Config::kInfos + 64 * (tile & 1); }
-  __device__ __forceinline__ uint32_t queries(int warpgroup) const {
-    return base + Config::kQueries + warpgroup * Config::kRowBytes;
-  }
-  __device__ __forceinline__ uint32_t keys(int s) const { return base + Config::kStagesAt + s * Config::kStageBytes; }
-  __device__ __forceinline__ uint32_t values(int s) const { return keys(s) + Config::kKeyBytes; }
-  __device__ __forceinline__ void init() const {
-    constexpr int kArrivals = Config::kConsumers / 32 * device::kWarpArrivals;
-    device::barrier_init(full_q(), 1);
-    device::barrier_init(empty_q(), kArrivals);
-    for (int s = 0; s < Config::kStages; ++s) {
-      device::barrier_init(full(s), 1);
-      device::barrier_init(empty(s), kArrivals);
-    }
-    device::publish_barriers();
-  }
-  __device__ __forceinline__ void advance() {
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-template <typename Config>
-__device__ __forceinline__ int num_stages(const Queries<Config>& tile) {
-  return (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
-}
-
-// The producer thread's whole work: a CTA takes every gridDim.x-th tile.
 template <typename Config>
 __device__ __forceinline__ void produce(const RangeBackwardArgs& a, const Maps& maps, Shared<Config>& shared,
                                         int tiles_per_head) {
   constexpr int kDk = Config::kDk, kDv = Config::kDv, kKeys = Config::kKeys;
-  int nth = 0;
-  for (int t = blockIdx.x; t < tiles_per_head * a.num_heads_k; t += gridDim.x, ++nth) {
-    const Queries<Config> tile(a.plan, t, tiles_per_head, a.num_heads_k, a.group);
-    const int stages = num_stages<Config>(tile);
-    device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
-    tile.leave(shared.info(nth));
-    device::store_shared(shared.info(nth) + 60, 1);
-    device::barrier_arrive_expect(shared.full_q(), stages > 0 ? Config::kRows / 64 * Config::kRowBytes : 0);
-    if (stages > 0) {
-#pragma unroll 1
-      for (int w = 0; w < Config::kRows / 64; ++w) {
-        const auto row = tile.row(64 * w, a.group);
-        const int token = min(row.token, a.plan.total_q - 1);
-        device::copy_queries<kDk, 64>(shared.queries(w), &maps.q, shared.full_q(), a.q, token, row.head);
-        device::copy_queries<kDv, 64>(shared.queries(w) + Config::kQueryBytes, &maps.dout, shared.full_q(), a.dout,
-                                      token, row.head);
-      }
-    }
-    for (int i = 0; i < stages; ++i) {
-      const int key = tile.first + i * kKeys, s = shared.stage;
-      device::barrier_wait(shared.empty(s), shared.phase ^ 1);
-      device::barrier_arrive_expect(shared.full(s), Config::kStageBytes);
-      device::copy_keys<kDk, kKeys>(shared.keys(s), &maps.k, shared.full(s), a.k, key, tile.head);
-      device::copy_keys<kDv, kKeys>(shared.values(s), &maps.v, shared.full(s), a.v, key, tile.head);
-      shared.advance();
-    }
-  }
-  device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
-  device::store_shared(shared.info(nth) + 60, 0);
-  device::barrier_arrive(shared.full_q());
+  const auto load_rows = [&](int w, int token, int head) {
+    device::copy_queries<kDk, 64>(shared.queries(w), &maps.q, shared.full_q(), a.q, token, head);
+    device::copy_queries<kDv, 64>(shared.queries(w) + Config::kQueryBytes, &maps.dout, shared.full_q(), a.dout, token,
+                                  head);
+  };
+  const auto load_stage = [&](int key, int head) {
+    const int s = shared.stage;
+    device::barrier_wait(shared.empty(s), shared.phase ^ 1);
+    device::barrier_arrive_expect(shared.full(s), Config::kStageBytes);
+    device::copy_keys<kDk, kKeys>(shared.keys(s), &maps.k, shared.full(s), a.k, key, head);
+    device::copy_keys<kDv, kKeys>(shared.values(s), &maps.v, shared.full(s), a.v, key, head);
+  };
+  device::produce_range_tiles<Config>(a.plan, a.num_heads_k, a.group, shared, tiles_per_head, load_rows, load_stage);
 }
 
 // A lane's two rows. The k rows {first, end} that each sees lie in shared memory, 8 bytes a row: registers are short.
@@ -167,10 +112,8 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, uint32_t info, in
 
 template <typename Config>
 __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Config>& shared, int warp, int lane) {
-  for (int nth = 0;; ++nth) {
-    device::barrier_wait(shared.full_q(), nth & 1);
+  for (int nth = 0; device::wait_for_tile(shared, nth); ++nth) {
     const uint32_t info = shared.info(nth);
-    if (__shfl_sync(device::kFullWarp, device::load_shared(info + 60), 0) == 0) break;
     Queries<Config> tile;
     tile.fetch_rows(info);
     Rows rows;
@@ -193,7 +136,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     tile.fetch_keys(info);
     float dq[Config::kDk / 8][4];
     device::clear(dq);
-    const int stages = __shfl_sync(device::kFullWarp, num_stages<Config>(tile), 0);
+    const int stages = __shfl_sync(device::kFullWarp, device::num_stages<Config>(tile), 0);
     if (stages > 0)
       attend<Config>(shared, info, tile.first, stages, rows, a.scale_log2, warp / 4, lane, dq);
     else

@@ -21,12 +21,13 @@ struct Config {
   static constexpr int kConsumers = 32 * kUnits, kThreads = kConsumers + 128;
   static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
 
-  static constexpr int kQueryBytes = 64 * 2 * kDk;  // of a warpgroup
+  static constexpr int kRowBytes = 64 * 2 * kDk;  // of a warpgroup
+  static constexpr int kRowUnroll = kRows / 64;   // warpgroups whose rows the producer loads side by side
   static constexpr int kKeyBytes = 2 * kKeys * kDk, kValueBytes = 2 * kKeys * kDv;
   static constexpr int kStageBytes = kKeyBytes + kValueBytes;
   // Barriers and the places of two tiles; Q; stages.
   static constexpr int kInfos = 256, kQueries = 1024;
-  static constexpr int kStagesAt = kQueries + kRows / 64 * kQueryBytes;
+  static constexpr int kStagesAt = kQueries + kRows / 64 * kRowBytes;
   static constexpr int kMaxStages = (227 * 1024 - kStagesAt) / kStageBytes;
   static constexpr int kStages = kMaxStages < 4 ? kMaxStages : 4;
   static constexpr int kSharedBytes = kStagesAt + kStages * kStageBytes;

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "device/range_output.cuh"
-#include "device/range_tma.cuh"
+#include "device/range_ring.cuh"
 #include "sm90/range_forward/config.h"
 
 namespace nsa::sm90::range_forward {
@@ -21,84 +21,26 @@ template <typename Config>
 using Queries = device::RangeQueries<Config::kRows>;
 
 template <typename Config>
-struct Shared {
-  uint32_t base;
-  int stage = 0;
-  unsigned phase = 0;
+using Shared = device::RangeRing<Config, 2>;
+constexpr int kK = 0, kV = 1;  // parts of a stage
 
-  __device__ __forceinline__ uint32_t full_q() const { return base; }
-  __device__ __forceinline__ uint32_t empty_q() const { return base + 8; }
-  __device__ __forceinline__ uint32_t full_k(int s) const { return base + 16 + 32 * s; }
-  __device__ __forceinline__ uint32_t empty_k(int s) const { return full_k(s) + 8; }
-  __device__ __forceinline__ uint32_t full_v(int s) const { return full_k(s) + 16; }
-  __device__ __forceinline__ uint32_t empty_v(int s) const { return full_k(s) + 24; }
-  // {tile's place, whether there is one} of every second tile
-  __device__ __forceinline__ uint32_t info(int tile) const { return base + Config::kInfos + 64 * (tile & 1); }
-  __device__ __forceinline__ uint32_t queries(int warpgroup) const {
-    return base + Config::kQueries + warpgroup * Config::kQueryBytes;
-  }
-  __device__ __forceinline__ uint32_t keys(int s) const { return base + Config::kStagesAt + s * Config::kStageBytes; }
-  __device__ __forceinline__ uint32_t values(int s) const { return keys(s) + Config::kKeyBytes; }
-  __device__ __forceinline__ void init() const {
-    constexpr int kArrivals = Config::kConsumers / 32 * device::kWarpArrivals;
-    device::barrier_init(full_q(), 1);
-    device::barrier_init(empty_q(), kArrivals);
-    for (int s = 0; s < Config::kStages; ++s) {
-      device::barrier_init(full_k(s), 1);
-      device::barrier_init(empty_k(s), kArrivals);
-      device::barrier_init(full_v(s), 1);
-      device::barrier_init(empty_v(s), kArrivals);
-    }
-    device::publish_barriers();
-  }
-  __device__ __forceinline__ void advance() {
-    if (++stage == Config::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-template <typename Config>
-__device__ __forceinline__ int num_stages(const Queries<Config>& tile) {
-  return (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
-}
-
-// The producer thread's whole work: a CTA takes every gridDim.x-th tile.
 template <typename Config>
 __device__ __forceinline__ void produce(const RangeForwardArgs& a, const Maps& maps, Shared<Config>& shared,
                                         int tiles_per_head) {
   constexpr int kDk = Config::kDk, kDv = Config::kDv, kKeys = Config::kKeys;
-  int nth = 0;
-  for (int t = blockIdx.x; t < tiles_per_head * a.num_heads_k; t += gridDim.x, ++nth) {
-    const Queries<Config> tile(a.plan, t, tiles_per_head, a.num_heads_k, a.group);
-    const int stages = num_stages<Config>(tile);
-    device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
-    tile.leave(shared.info(nth));
-    device::store_shared(shared.info(nth) + 60, 1);
-    device::barrier_arrive_expect(shared.full_q(), stages > 0 ? Config::kRows / 64 * Config::kQueryBytes : 0);
-    if (stages > 0) {
-#pragma unroll
-      for (int w = 0; w < Config::kRows / 64; ++w) {
-        const auto row = tile.row(64 * w, a.group);
-        device::copy_queries<kDk, 64>(shared.queries(w), &maps.q, shared.full_q(), a.q,
-                                      min(row.token, a.plan.total_q - 1), row.head);
-      }
-    }
-    for (int i = 0; i < stages; ++i) {
-      const int key = tile.first + i * kKeys, s = shared.stage;
-      device::barrier_wait(shared.empty_k(s), shared.phase ^ 1);
-      device::barrier_arrive_expect(shared.full_k(s), Config::kKeyBytes);
-      device::copy_keys<kDk, kKeys>(shared.keys(s), &maps.k, shared.full_k(s), a.k, key, tile.head);
-      device::barrier_wait(shared.empty_v(s), shared.phase ^ 1);
-      device::barrier_arrive_expect(shared.full_v(s), Config::kValueBytes);
-      device::copy_keys<kDv, kKeys>(shared.values(s), &maps.v, shared.full_v(s), a.v, key, tile.head);
-      shared.advance();
-    }
-  }
-  device::barrier_wait(shared.empty_q(), (nth & 1) ^ 1);
-  device::store_shared(shared.info(nth) + 60, 0);
-  device::barrier_arrive(shared.full_q());
+  const auto load_rows = [&](int w, int token, int head) {
+    device::copy_queries<kDk, 64>(shared.queries(w), &maps.q, shared.full_q(), a.q, token, head);
+  };
+  const auto load_stage = [&](int key, int head) {
+    const int s = shared.stage;
+    device::barrier_wait(shared.empty(s, kK), shared.phase ^ 1);
+    device::barrier_arrive_expect(shared.full(s, kK), Config::kKeyBytes);
+    device::copy_keys<kDk, kKeys>(shared.keys(s), &maps.k, shared.full(s, kK), a.k, key, head);
+    device::barrier_wait(shared.empty(s, kV), shared.phase ^ 1);
+    device::barrier_arrive_expect(shared.full(s, kV), Config::kValueBytes);
+    device::copy_keys<kDv, kKeys>(shared.values(s), &maps.v, shared.full(s, kV), a.v, key, head);
+  };
+  device::produce_range_tiles<Config>(a.plan, a.num_heads_k, a.group, shared, tiles_per_head, load_rows, load_stage);
 }
 
 // The warpgroups' turns at issuing products. Barriers 1 .. are sync_warpgroup's.
@@ -125,7 +67,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
     sees.stage = tile.first + i * kKeys;
     sees.all = tile.all_see(sees.stage, kKeys);
   };
-  device::barrier_wait(shared.full_k(shared.stage), shared.phase);
+  device::barrier_wait(shared.full(shared.stage, kK), shared.phase);
   turn.wait();
   device::wgmma_fence();
   device::start_transposed<Element, kDk, kKeys>(s, q, shared.keys(shared.stage));
@@ -133,7 +75,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   turn.pass();
   device::wgmma_wait<0>();
   device::hold(s);
-  device::arrive_for_warp(shared.empty_k(shared.stage), lane);
+  device::arrive_for_warp(shared.empty(shared.stage, kK), lane);
   look(0);
   float scale = scale_log2;
   softmax.follow_maximum(s, factor, sees, scale, lane);  // O is still 0
@@ -143,12 +85,12 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
     const int last = shared.stage;
     const unsigned last_phase = shared.phase;
     shared.advance();
-    device::barrier_wait(shared.full_k(shared.stage), shared.phase);
+    device::barrier_wait(shared.full(shared.stage, kK), shared.phase);
     turn.wait();
     device::wgmma_fence();
     device::start_transposed<Element, kDk, kKeys>(s, q, shared.keys(shared.stage));
     device::wgmma_commit();
-    device::barrier_wait(shared.full_v(last), last_phase);
+    device::barrier_wait(shared.full(last, kV), last_phase);
     device::hold(softmax.o);
     device::wgmma_fence();
     device::start_columns<Element, kKeys, kDv>(softmax.o, p, shared.values(last));
@@ -156,19 +98,19 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
     turn.pass();
     device::wgmma_wait<1>();
     device::hold(s);
-    device::arrive_for_warp(shared.empty_k(shared.stage), lane);
+    device::arrive_for_warp(shared.empty(shared.stage, kK), lane);
     look(i);
     scale = scale_log2;
     const bool moved = softmax.follow_maximum(s, factor, sees, scale, lane);
     softmax.exponentiate(s, scale);
     device::wgmma_wait<0>();
     device::hold(softmax.o);
-    device::arrive_for_warp(shared.empty_v(last), lane);
+    device::arrive_for_warp(shared.empty(last, kV), lane);
     if (moved) softmax.rescale(factor);
     device::round_to_operand<Element, kKeys>(p, s);
   }
   device::arrive_for_warp(shared.empty_q(), lane);
-  device::barrier_wait(shared.full_v(shared.stage), shared.phase);
+  device::barrier_wait(shared.full(shared.stage, kV), shared.phase);
   const int valid = tile.run_end - (tile.first + (stages - 1) * kKeys);
   if (valid < kKeys) {  // P is 0 there, but 0 * NaN isn't
     device::clear_rows<kDv, kKeys>(shared.values(shared.stage), valid, threadIdx.x % 128);
@@ -180,7 +122,7 @@ __device__ __forceinline__ void attend(Shared<Config>& shared, const Queries<Con
   device::wgmma_commit();
   device::wgmma_wait<0>();
   device::hold(softmax.o);
-  device::arrive_for_warp(shared.empty_v(shared.stage), lane);
+  device::arrive_for_warp(shared.empty(shared.stage, kV), lane);
   shared.advance();
 }
 
@@ -188,10 +130,8 @@ template <typename Config>
 __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config>& shared, int warp, int lane) {
   const int warpgroup = warp / 4;
   if (warpgroup == 1) Turn{1}.pass();  // the first turn is warpgroup 0's
-  for (int nth = 0;; ++nth) {
-    device::barrier_wait(shared.full_q(), nth & 1);
+  for (int nth = 0; device::wait_for_tile(shared, nth); ++nth) {
     const uint32_t info = shared.info(nth);
-    if (__shfl_sync(device::kFullWarp, device::load_shared(info + 60), 0) == 0) break;
     Queries<Config> tile;
     tile.fetch_rows(info);
     device::RangeVisibility sees;
@@ -203,7 +143,7 @@ __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config
     tile.fetch_keys(info);
     device::OnlineSoftmax<Config::kDv> softmax;
     softmax.reset();
-    const int stages = __shfl_sync(device::kFullWarp, num_stages<Config>(tile), 0);
+    const int stages = __shfl_sync(device::kFullWarp, device::num_stages<Config>(tile), 0);
     if (stages > 0)
       attend<Config>(shared, tile, stages, sees, a.scale_log2, warpgroup, lane, softmax);
     else
