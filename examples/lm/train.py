@@ -186,7 +186,8 @@ def smooth(values: list[float], decay: float = 0.97) -> list[float]:
     return found
 
 
-def curves_apart(first: list[float], second: list[float]) -> float:
-    """Largest relative distance of two smoothed loss curves over the second half of training."""
+def curves_apart(first: list[float], second: list[float]) -> tuple[float, float]:
+    """Relative distance of two smoothed loss curves over the second half of training: its mean and the largest."""
     pairs = list(zip(smooth(first), smooth(second), strict=True))
-    return max((abs(a / b - 1.0) for a, b in pairs[len(pairs) // 2 :]), default=0.0)
+    distances = [a / b - 1.0 for a, b in pairs[len(pairs) // 2 :]] or [0.0]
+    return sum(distances) / len(distances), max(abs(x) for x in distances)
