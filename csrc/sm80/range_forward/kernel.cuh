@@ -3,6 +3,7 @@
 
 #include "device/range_output.cuh"
 #include "device/range_rows.cuh"
+#include "device/range_stages.cuh"
 #include "sm80/range_forward/config.h"
 
 namespace nsa::sm80::range_forward {
@@ -58,30 +59,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Queries<Config> tile(a.plan, blockIdx.x, tiles_per_head, a.num_heads_k, a.group);
   if (!tile.real) return;
-  const device::RowCopy<device::Tile<Config::kDk>, Config::kThreads> copy_k(a.k.row_bytes, threadIdx.x);
-  const device::RowCopy<device::Tile<Config::kDv>, Config::kThreads> copy_v(a.v.row_bytes, threadIdx.x);
-  const int stages = (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
-  auto load = [&](int i) {
-    if (i < stages) {
-      const int key = tile.first + i * Config::kKeys, valid = min(tile.end - key, Config::kKeys);
-      const uint32_t at = shared + i % Config::kStages * Config::kStageBytes;
-      copy_k.some(at, a.k.at(key, tile.head), a.k.row_bytes, Config::kKeys, valid);
-      copy_v.some(at + Config::kKeyBytes, a.v.at(key, tile.head), a.v.row_bytes, Config::kKeys, valid);
-    }
-    device::commit_copies();
+  Rows<Config> rows;
+  const auto load = [&] {
+    load_rows<Config>(a, tile, shared + Config::kRowsAt + warp * Config::kWarpBytes, warp, lane, rows);
   };
-  Rows<Config> rows;  // rows in shared memory arrive with the first stage
-  load_rows<Config>(a, tile, shared + Config::kRowsAt + warp * Config::kWarpBytes, warp, lane, rows);
-#pragma unroll
-  for (int i = 0; i < Config::kStages - 1; ++i) load(i);
-  for (int i = 0; i < stages; ++i) {
-    device::wait_copies_but<Config::kStages - 2>();
-    __syncthreads();  // the stage has landed, and everybody is done with the one before it
-    load(i + Config::kStages - 1);
-    const int key = tile.first + i * Config::kKeys;
-    attend<Config>(rows, shared + i % Config::kStages * Config::kStageBytes, key, tile.all_see(key, Config::kKeys),
-                   a.scale_log2, lane);
-  }
+  device::for_key_stages<Config>(a.k, a.v, tile, shared, load, [&](uint32_t stage, int key) {
+    attend<Config>(rows, stage, key, tile.all_see(key, Config::kKeys), a.scale_log2, lane);
+  });
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const auto row = tile.row(16 * warp + lane / 4 + 8 * r, a.group);
