@@ -4,7 +4,8 @@
 # Needs python3 with torch, pybind11, scikit-build-core, cmake, ninja, pytest and hypothesis, but no network. Logs and results go
 # to $OUT (default ./gpu_check_out); the last lines are a table. Exit status 0: every step passed.
 #   NSA_CUDA_ARCHITECTURES   default native
-#   NSA_PREBUILT             folder of a libnsa_cuda.so built elsewhere with NSA_FOR_WHEEL=ON; only the Python module is built here
+#   NSA_PREBUILT             folder of a libnsa_cuda.so built elsewhere with NSA_FOR_WHEEL=ON; only the Python module is built here,
+#                            and by `sanitize` the library that racecheck runs
 #   PYTEST_ARGS, SANITIZE_ARGS, BENCH_ARGS  passed on; with pytest-xdist "-n 8" and "-n 3" save much time
 #   BUILD_LIMIT, TEST_LIMIT, SANITIZE_LIMIT (each tool), BENCH_LIMIT   seconds
 set -uo pipefail
