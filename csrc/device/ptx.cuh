@@ -102,13 +102,14 @@ inline constexpr int kWarpArrivals = 32;
 #else
 inline constexpr int kWarpArrivals = 1;
 #endif
-// Whether the lane is one that arrives.
-__device__ __forceinline__ bool arrives(int lane) { return kWarpArrivals == 32 || lane == 0; }
-
+// By every lane of a warp that is in step.
+__device__ __forceinline__ void arrive_in_step(uint32_t barrier, int lane) {
+  if (kWarpArrivals == 32 || lane == 0) barrier_arrive(barrier);
+}
 // The warp's arrival, behind what all of its lanes have read.
 __device__ __forceinline__ void arrive_for_warp(uint32_t barrier, int lane) {
   __syncwarp();
-  if (arrives(lane)) barrier_arrive(barrier);
+  arrive_in_step(barrier, lane);
 }
 
 // Arrives once all cp.async that this thread issued before have landed.

@@ -42,11 +42,6 @@ struct RangeRing {
   }
 };
 
-template <typename Config>
-__device__ __forceinline__ int num_stages(const RangeQueries<Config::kRows>& tile) {
-  return (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
-}
-
 // The producer thread's whole work: a CTA takes every gridDim.x-th tile. load_rows(w, token, head) loads the rows of
 // warpgroup w, load_stage(key, head) waits for the ring's stage and loads it.
 template <typename Config, typename Ring, typename LoadRows, typename LoadStage>
@@ -56,7 +51,7 @@ __device__ __forceinline__ void produce_range_tiles(const cuda::RangePlan& plan,
   int nth = 0;
   for (int t = blockIdx.x; t < tiles_per_head * num_heads_k; t += gridDim.x, ++nth) {
     const RangeQueries<Config::kRows> tile(plan, t, tiles_per_head, num_heads_k, group);
-    const int stages = num_stages<Config>(tile);
+    const int stages = tile.num_stages(Config::kKeys);
     barrier_wait(ring.empty_q(), (nth & 1) ^ 1);
     tile.leave(ring.info(nth));
     store_shared(ring.info(nth) + 60, 1);

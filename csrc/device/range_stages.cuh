@@ -13,7 +13,7 @@ __device__ __forceinline__ void for_key_stages(const cuda::TensorArg& k, const c
                                                uint32_t shared, LoadRows load_rows, Attend attend) {
   const RowCopy<Tile<Config::kDk>, Config::kThreads> copy_k(k.row_bytes, threadIdx.x);
   const RowCopy<Tile<Config::kDv>, Config::kThreads> copy_v(v.row_bytes, threadIdx.x);
-  const int stages = (tile.end - tile.first + Config::kKeys - 1) / Config::kKeys;
+  const int stages = tile.num_stages(Config::kKeys);
   const auto load = [&](int i) {
     if (i < stages) {
       const int key = tile.first + i * Config::kKeys, valid = min(tile.end - key, Config::kKeys);

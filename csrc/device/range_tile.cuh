@@ -101,6 +101,8 @@ struct RangeQueries {
     const int token = first_token + step;
     return {token < end_token, token, head * group + first_group + i - step * group};
   }
+  // Stages of `keys` keys.
+  __device__ __forceinline__ int num_stages(int keys) const { return (end - first + keys - 1) / keys; }
   // Whether every row sees all of [key, key + keys).
   __device__ __forceinline__ bool all_see(int key, int keys) const {
     return first_of_all <= key && key + keys <= end_of_all;

@@ -64,8 +64,8 @@ struct TmaProducer {
       barrier_wait(ring.empty(), ring.phase ^ 1);
       if (lane == 0)
         ring.publish(number, StageFlags::kLast);
-      else if (arrives(lane))
-        barrier_arrive(ring.full());
+      else
+        arrive_in_step(ring.full(), lane);
       ring.advance();
       return;
     }
@@ -96,8 +96,8 @@ struct TmaProducer {
       if (lane == 0) {
         ring.publish(number,
                      any | (all & (StageFlags::kAll | StageFlags::kAlone)) | (i >= count ? StageFlags::kLast : 0));
-      } else if (arrives(lane)) {
-        barrier_arrive(ring.full());
+      } else {
+        arrive_in_step(ring.full(), lane);
       }
       ring.advance();
     }

@@ -59,9 +59,7 @@ struct StageWalk {
     ended = (flags & StageFlags::kLast) != 0;
     ring.advance();
   }
-  __device__ __forceinline__ void release(int done) const {
-    if (arrives(lane)) barrier_arrive(ring.empty(done));
-  }
+  __device__ __forceinline__ void release(int done) const { arrive_in_step(ring.empty(done), lane); }
 };
 
 template <typename Shape, typename Pass>

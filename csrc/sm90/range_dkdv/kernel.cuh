@@ -49,9 +49,9 @@ struct Shared {
 };
 
 // The stage that an item begins with; it goes on to its last one and then from 0 to the one before. Tokens have their
-// turn by their q row, modulo the item's length: so the items whose runs overlap, which run together,
-// read a row at the same time. From first to last, each would read it the later the earlier its keys are: with a window
-// of 512 at 64K tokens 3/4 of the reads missed the L2 and memory was 65 % busy, now 16 %; the kernel takes 5 % less.
+// turn by their q row, modulo the item's length: so the items whose runs overlap, which run together, read a row at the
+// same time. From first to last, each would read it the later the earlier its keys are: with a window of 512 at 64K
+// tokens 3/4 of the reads missed the L2 and memory was 65 % busy, now 16 %; the kernel takes 5 % less.
 template <int kRows>
 __device__ __forceinline__ int first_stage(int begin, int group, int stages) {
   const int ahead = static_cast<unsigned>(begin) * group / kRows % stages;

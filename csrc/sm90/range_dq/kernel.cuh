@@ -136,7 +136,7 @@ __device__ __forceinline__ void consume(const RangeBackwardArgs& a, Shared<Confi
     tile.fetch_keys(info);
     float dq[Config::kDk / 8][4];
     device::clear(dq);
-    const int stages = __shfl_sync(device::kFullWarp, device::num_stages<Config>(tile), 0);
+    const int stages = __shfl_sync(device::kFullWarp, tile.num_stages(Config::kKeys), 0);
     if (stages > 0)
       attend<Config>(shared, info, tile.first, stages, rows, a.scale_log2, warp / 4, lane, dq);
     else

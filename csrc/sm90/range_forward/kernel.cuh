@@ -143,7 +143,7 @@ __device__ __forceinline__ void consume(const RangeForwardArgs& a, Shared<Config
     tile.fetch_keys(info);
     device::OnlineSoftmax<Config::kDv> softmax;
     softmax.reset();
-    const int stages = __shfl_sync(device::kFullWarp, device::num_stages<Config>(tile), 0);
+    const int stages = __shfl_sync(device::kFullWarp, tile.num_stages(Config::kKeys), 0);
     if (stages > 0)
       attend<Config>(shared, tile, stages, sees, a.scale_log2, warpgroup, lane, softmax);
     else

@@ -111,10 +111,6 @@ __device__ __forceinline__ void start_scores(float (&s)[16][4], uint32_t query, 
   device::wgmma_commit();
 }
 
-__device__ __forceinline__ void release(uint32_t barrier, int lane) {
-  if (device::arrives(lane)) device::barrier_arrive(barrier);
-}
-
 template <typename Config, bool kWhole>
 struct Group {
   SelectionRows rows;
@@ -143,7 +139,7 @@ __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& sha
     start_scores<Config>(s, query, shared.keys());
     device::wgmma_wait<0>();
     device::hold(s);
-    release(shared.empty(), lane);
+    device::arrive_in_step(shared.empty(), lane);
     shared.advance();
     const bool masked = 128 * (i + 1) > group.seen_by_all;
     pool_class<0>(a, group, s, 128 * i, masked, lane);
@@ -152,7 +148,7 @@ __device__ __forceinline__ void scan(const SelectionArgs& a, Shared<Config>& sha
     pool_class<3>(a, group, s, 128 * i, masked, lane);
     device::take_pooled(a, group.tokens, group.table, group.pool, group.number, 32 * i, warp, lane);
   }
-  release(shared.empty_q(), lane);
+  device::arrive_in_step(shared.empty_q(), lane);
 }
 
 template <typename Config, bool kWhole>
