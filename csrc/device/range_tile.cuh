@@ -158,7 +158,7 @@ struct RangeItem {
     real = chunk >= first_chunk && chunk <= last_chunk;
     begin = chunk == first_chunk ? first : run_q + chunk * plan.chunk;
     tokens = (chunk == last_chunk ? end : run_q + (chunk + 1) * plan.chunk) - begin;
-    const int chunks = (run_q_end - run_q - 1) / plan.chunk + 1;
+    const int chunks = max(run_q_end - run_q - 1, 0) / plan.chunk + 1;
     const int before = plan.partial_begin ? __ldg(plan.partial_begin + run.run) : run.run * plan.partials_per_run;
     first_partial = head * plan.max_partials + before + 16 * run.unit / kKeys * chunks + first_chunk;
     partial = num_partials > 1 ? first_partial + chunk - first_chunk : -1;

@@ -137,12 +137,11 @@ __device__ __forceinline__ void multiply(float (&acc)[kColumns / 8][4], const ui
   const MatrixRow<Layout::kBoxBytes> row(tile + ((lane & 7) + ((lane >> 3) & 1) * 8) * Layout::kRowBytes, lane >> 4,
                                          lane);
 #pragma unroll
-  for (int n = 0; n < kColumns / 16; ++n) {
-    const uint32_t address = row(n);
+  for (int step = 0; step < kRows / 16; ++step) {
 #pragma unroll
-    for (int step = 0; step < kRows / 16; ++step) {
+    for (int n = 0; n < kColumns / 16; ++n) {
       uint32_t b[4];
-      load_matrix_transposed(b, address + step * 16 * Layout::kRowBytes);
+      load_matrix_transposed(b, row(n) + step * 16 * Layout::kRowBytes);
       Half<Element>::mma(acc[2 * n], a[step], b[0], b[1]);
       Half<Element>::mma(acc[2 * n + 1], a[step], b[2], b[3]);
     }
