@@ -83,6 +83,10 @@ GROUPS = [
 GROUPS += [
     Case(f"g{G}_d128", Tq=70, Tk=70, Hq=G * 3, Hkv=3, Dk=128, Dv=128, S=2, block_size=16) for G in (1, 3, 5, 7, 16, 17)
 ]
+GROUPS += [  # blocks that the Hopper backward takes
+    Case(f"g{G}_b64", Tq=100, Tk=150, Hq=2 * G, Hkv=2, Dk=D, Dv=D, S=3, causal=G % 2 != 0)
+    for G, D in ((3, 128), (5, 64), (6, 128), (7, 64), (12, 128), (17, 128), (20, 64), (32, 128), (64, 64))
+]
 GROUPS += [Case("g6_d192_128", Tq=90, Tk=90, Hq=12, Hkv=2, Dk=192, Dv=128, S=3, block_size=32)]
 GROUPS += [Case("g10_d256", Tq=90, Tk=90, Hq=10, Hkv=1, Dk=256, Dv=256, S=2, block_size=32)]
 
@@ -219,6 +223,7 @@ LAYOUTS = [
     for packed in (False, True)
 ]  # fmt: skip
 LAYOUTS += [replace(c, name=c.name + "_d192_128", Dk=192, Dv=128) for c in LAYOUTS[::3]]
+LAYOUTS += [replace(c, name=c.name + "_b64", block_size=64, Hq=16, Dk=128, Dv=128) for c in LAYOUTS[:10]]
 
 LONG_LISTS = [
     Case("s_40", Tq=150, Tk=1000, Hq=2, Hkv=1, S=40, block_size=16, causal=False),
@@ -254,6 +259,11 @@ SANITIZER += [
          indices="wild", nan_outside=True),
     Case("long_list", Tq=9, Tk=150, Hq=2, Hkv=1, S=140, block_size=16, indices="wild", int64=True),
     Case("dead", Tq=20, Tk=20, Hq=2, Hkv=1, S=2, indices="empty", nan_outside=True),
+    Case("block64_g16", B=2, Tq=21, Tk=100, Hq=16, Hkv=1, Dk=128, Dv=128, S=2),
+    Case("block128_g4", Tq=33, Tk=300, Hq=8, Hkv=2, Dk=128, Dv=128, block_size=128, S=3, indices="wild"),
+    Case("block64_d256", Tq=20, Tk=100, Hq=8, Hkv=1, Dk=256, Dv=256, S=2),
+    Case("windows", seqlens_q=(150, 130), seqlens_k=(150, 130), Hq=32, Hkv=2, S=1024, indices="wild",
+         block_counts="random"),
 ]  # fmt: skip
 
 

@@ -177,7 +177,8 @@ def extra_memory(made: Inputs, target: Target) -> dict[str, int]:
 def test_extra_memory_is_linear_in_the_lists(target: Target):
     """Entries E = T * Hkv * S. Forward: the canonical lists and on Hopper the tiles' unions, 22 bytes an entry.
     Backward also: an index of a few words an entry, fp32 partial tiles of 4 * l' * (Dk + Dv) bytes, at most 2 E / C of
-    them for chunks of C >= E / 2048 entries, and a word per query row and head. Nothing is O(T * Tk)."""
+    them for chunks of C >= E / 2048 entries, a word per query row and head, and on Hopper 1 GiB for dS and fp32 sums of
+    all windows. Nothing is O(T * Tk)."""
     measured = {}
     for T in (16384, 32768):
         case = Case(f"memory_{T}", Tq=T, Tk=T, Hq=64, Hkv=4, Dk=128, Dv=128, S=16)
@@ -189,9 +190,45 @@ def test_extra_memory_is_linear_in_the_lists(target: Target):
         delta = 4 * T * 64
         index = 32 * entries
         sums = 2 * 2048 * 4 * 64 * 256
+        if target.backend != "sm80":
+            sums += (1 << 30) + 4 * T * 4 * 256
         assert measured[T]["forward"] <= lists + (1 << 21), measured
         assert measured[T]["backward"] <= lists + 2 * delta + index + sums + (1 << 22), measured
     assert measured[32768]["backward"] <= 2.2 * measured[16384]["backward"] + (1 << 22), measured
+
+
+# dS of 256 query rows fills what it may take, so that these few rows need several windows: with tiles that end where
+# windows do, and with tiles that lie over their borders.
+WINDOWS = [
+    Case("windows", Tq=700, Tk=900, Hq=64, Hkv=4, Dk=128, Dv=128, S=512, indices="wild", block_counts="random"),
+    Case("windows_full", Tq=900, Tk=700, Hq=40, Hkv=2, S=256, block_size=128, causal=False, indices="some_empty"),
+    Case("windows_d256", Tq=600, Tk=600, Hq=32, Hkv=4, Dk=256, Dv=256, S=1024, indices="wild", block_counts="random"),
+    Case("windows_d192", Tq=600, Tk=600, Hq=64, Hkv=4, Dk=192, Dv=128, S=512, indices="wild", block_counts="random"),
+    Case("windows_batched", B=3, Tq=233, Tk=300, Hq=32, Hkv=32, S=512, indices="wild", block_counts="random"),
+    Case("windows_packed", seqlens_q=(100, 301, 0, 290), seqlens_k=(130, 301, 7, 400), pad_q=20, pad_k=30, Hq=48,
+         Hkv=16, Dk=128, Dv=128, S=512, indices="wild", block_counts="random", nan_outside=True),
+    Case("windows_packed_g64", seqlens_q=(1, 430, 260), seqlens_k=(90, 500, 260), Hq=64, Hkv=1, Dk=128, Dv=128,
+         S=512, indices="wild", block_counts="random"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", CUDA)
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in WINDOWS])
+def test_backward_in_windows(target: Target, case: Case):
+    """Also the gradients of q alone and of k and v alone are the same."""
+    made = make(case, target)
+    found = run(made, target.backend)
+    check(made, target, found)
+    assert_same_bits(found, run(made, target.backend))
+    leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
+    results = made.attend(leaves, target.backend, return_lse=True)
+    alone = torch.autograd.grad(results, leaves[:1], [made.dout, made.dlse], retain_graph=True)
+    assert_same_bits({"dq": alone[0]}, {"dq": found["dq"]})
+    keys = torch.autograd.grad(results, leaves[1:], [made.dout, made.dlse])
+    if target.backend == "sm80":
+        assert_same_bits(dict(zip(("dk", "dv"), keys, strict=True)), {name: found[name] for name in ("dk", "dv")})
+    else:  # at once, not in windows
+        check(made, target, found | dict(zip(("dk", "dv"), keys, strict=True)))
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)

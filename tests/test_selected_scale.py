@@ -104,20 +104,23 @@ def spread(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("target", [p for p in ALL if "bf16" in p.id])
+@pytest.mark.parametrize("block_size", [32, 64])
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout", "block_indices"])
-def test_rows_far_apart(target: Target, which: str):
+def test_rows_far_apart(target: Target, which: str, block_size: int):
     """One tensor at a time with row offsets beyond 32 bits."""
     need_memory(target, 12)
-    made = make(Case("far", Tq=130, Tk=130, Hq=4, Hkv=2, S=3, block_size=32), target)
+    made = make(Case("far", Tq=130, Tk=130, Hq=16, Hkv=2, S=3, block_size=block_size), target)
     setattr(made, which, spread(getattr(made, which)))
     assert (getattr(made, which).shape[1] - 1) * getattr(made, which).stride(1) > 2**31
     check(made, target)
 
 
 @pytest.mark.parametrize("target", [p for p in ALL if "bf16" in p.id])
-def test_batch_entries_far_apart(target: Target):
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_batch_entries_far_apart(target: Target, block_size: int):
     need_memory(target, 12)
-    made: Inputs = make(Case("far_batch", B=2, Tq=70, Tk=70, Hq=4, Hkv=2, S=3, block_size=32), target)
+    case = Case("far_batch", B=2, Tq=70, Tk=70, Hq=4, Hkv=2, S=3, block_size=block_size)
+    made: Inputs = make(case, target)
     buffer = torch.empty(BEYOND + made.k[0].numel(), device=target.device, dtype=target.dtype)
     made.k = buffer.as_strided(made.k.shape, (BEYOND, *made.k.stride()[1:])).copy_(made.k)
     check(made, target)

@@ -70,32 +70,61 @@ __global__ void __launch_bounds__(256) row_stats_of_delta(const __grid_constant_
   stats[item] = stats_of(in, row, head, *reinterpret_cast<const float*>(in.delta.at(row, head)), negative);
 }
 
-// One CTA a (list, part of its tile); lists that fit in one item have written dk and dv themselves.
+// A head's gradients of a key, of 4 columns of [Dk + Dv].
+template <typename Element>
+__device__ __forceinline__ void store_gradient(const BackwardArgs& a, int k_row, int head, int dim, int dk,
+                                               float4 sum) {
+  const bool is_k = dim < dk;
+  const TensorArg& out = is_k ? a.dk : a.dv;
+  if (!out.data) return;
+  const float scale = is_k ? a.scale : 1.f;
+  *reinterpret_cast<uint2*>(out.at(k_row, head) + 2 * (is_k ? dim : dim - dk)) = {
+      Half<Element>::pack(sum.x * scale, sum.y * scale), Half<Element>::pack(sum.z * scale, sum.w * scale)};
+}
+
+__device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+
+// One CTA a (list of the window, part of its tile); lists that fit in one item have written or added dk and dv
+// themselves.
 template <typename Element>
 __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int dv) {
-  const int list = blockIdx.x;
-  const uint64_t begin = a.index.work_begin[list];
-  const int chunks =
-      static_cast<int>(static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(begin));
+  const uint64_t* const work = a.index.work_begin + a.index.first_list();
+  const uint64_t begin = work[blockIdx.x];
+  const int chunks = static_cast<int>(static_cast<uint32_t>(work[blockIdx.x + 1]) - static_cast<uint32_t>(begin));
   if (chunks <= 1) return;
-  const int head = list / a.plan.num_blocks;
-  const int2 block = a.plan.blocks[list - head * a.plan.num_blocks];
+  const int head = blockIdx.x / a.plan.num_blocks;
+  const int2 block = a.plan.blocks[blockIdx.x - head * a.plan.num_blocks];
   const int dims = dk + dv;
   const int64_t tile = static_cast<int64_t>(a.plan.block_size) * dims;
-  const float* first = a.partials + static_cast<int64_t>(begin >> 32) * tile;
+  const float* first = a.partials + static_cast<int64_t>((begin >> 32) - (*work >> 32)) * tile;
   for (int i = 4 * (blockIdx.y * blockDim.x + threadIdx.x); i < block.y * dims; i += 4 * gridDim.y * blockDim.x) {
     const int key = i / dims, dim = i - key * dims;
     float4 sum = {0, 0, 0, 0};
-    for (int c = 0; c < chunks; ++c) {
-      const float4 x = *reinterpret_cast<const float4*>(first + c * tile + i);
-      sum = {sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w};
+    for (int c = 0; c < chunks; ++c) sum = sum + *reinterpret_cast<const float4*>(first + c * tile + i);
+    if (a.sums) {
+      auto* const to =
+          reinterpret_cast<float4*>(a.sums + (static_cast<int64_t>(block.x + key) * a.num_heads_k + head) * dims + dim);
+      *to = *to + sum;
+    } else {
+      store_gradient<Element>(a, block.x + key, head, dim, dk, sum);
     }
-    const bool is_k = dim < dk;
-    const TensorArg& out = is_k ? a.dk : a.dv;
-    if (!out.data) continue;
-    const float scale = is_k ? a.scale : 1.f;
-    *reinterpret_cast<uint2*>(out.at(block.x + key, head) + 2 * (is_k ? dim : dim - dk)) = {
-        Half<Element>::pack(sum.x * scale, sum.y * scale), Half<Element>::pack(sum.z * scale, sum.w * scale)};
+  }
+}
+
+// From the sums of all windows.
+template <typename Element>
+__global__ void __launch_bounds__(256) store_all_sums(BackwardArgs a, int dk, int dv) {
+  const int dims = dk + dv;
+  const int64_t count = static_cast<int64_t>(a.plan.total_k) * a.num_heads_k * dims;
+  for (int64_t i = 4 * (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x); i < count;
+       i += 4 * static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const int64_t row = i / dims;
+    const int k_row = static_cast<int>(row / a.num_heads_k);
+    const int head = static_cast<int>(row - static_cast<int64_t>(k_row) * a.num_heads_k);
+    store_gradient<Element>(a, k_row, head, static_cast<int>(i - row * dims), dk,
+                            *reinterpret_cast<const float4*>(a.sums + i));
   }
 }
 
@@ -136,13 +165,29 @@ Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_h
 }
 
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
-  if (args.index.max_partials == 0) return {};
-  const dim3 grid(args.index.num_lists, args.plan.block_size >= 64 ? 8 : 2);
+  if (args.index.max_partials == 0 || !(args.dk.data || args.dv.data)) return {};
+  // of many lists only a few are split
+  const int parts = args.plan.block_size < 64 ? 2 : args.index.window_lists > 16384 ? 1 : 8;
+  const dim3 grid(args.index.window_lists, parts);
   if (dtype == Dtype::kBFloat16)
     sum_partials<__nv_bfloat16><<<grid, 256, 0, stream>>>(args, dk, dv);
   else
     sum_partials<__half><<<grid, 256, 0, stream>>>(args, dk, dv);
   return cuda_status(cudaGetLastError(), "selected attention backward: adding partial tiles");
+}
+
+Status clear_sums(const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
+  const std::size_t floats = static_cast<std::size_t>(args.plan.total_k) * args.num_heads_k * (dk + dv);
+  return cuda_status(cudaMemsetAsync(args.sums, 0, floats * sizeof(float), stream),
+                     "selected attention backward: clearing the sums of all windows");
+}
+
+Status store_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
+  if (dtype == Dtype::kBFloat16)
+    store_all_sums<__nv_bfloat16><<<1056, 256, 0, stream>>>(args, dk, dv);
+  else
+    store_all_sums<__half><<<1056, 256, 0, stream>>>(args, dk, dv);
+  return cuda_status(cudaGetLastError(), "selected attention backward: rounding the sums of all windows");
 }
 
 Status clear_dead_keys(const SelectedAttentionProblem& p, const BackwardArgs& args, cudaStream_t stream) {

@@ -3,8 +3,10 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <numeric>
 
 #include "common/dispatch.h"
 #include "sm90/selected_dq/config.h"
@@ -113,34 +115,22 @@ Status check_rows(int64_t rows) {
 
 namespace {
 
-// Whether the Hopper kernel of an operation runs, where there is one. It multiplies 64 keys at a time, most of which a
-// smaller block would leave empty. Times in ms at 64K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync:
-//   forward  clustered 5.8 : 8.1, uniform 12.9 : 15.9   (neighbours that agree, and that don't)
-//   dQ       clustered 7.7 : 11.5, uniform 15.0 : 19.2
-//   dK/dV    clustered 9.7 : 19.1, uniform 8.7 : 19.1
+// Whether the Hopper kernels run where there are any. They work on 64 keys at a time, most of which a smaller block
+// would leave empty. Times in ms at 16K tokens, 64 / 4 heads, D 128, one H100, Hopper against mma.sync, neighbours that
+// agree and that don't:
+//   forward   1.36 : 1.80, 2.43 : 3.12
+//   backward  4.4 : 7.9, 4.7 : 9.0
 // Forward and dQ each need the unions first, 0.03 to 0.05 ms.
-bool uses_sm90(Operation operation, const SelectedAttentionProblem& p) {
-  if (p.block_size >= 64) return p.backend != Backend::kSm80;
-  return p.backend == Backend::kSm90 && operation != Operation::selected_dkdv;
+bool forward_uses_sm90(const SelectedAttentionProblem& p) {
+  return p.backend == Backend::kSm90 || (p.backend != Backend::kSm80 && p.block_size >= 64);
+}
+bool backward_uses_sm90(const SelectedAttentionProblem& p) {
+  return p.backend != Backend::kSm80 && p.block_size >= 64;  // smaller blocks it couldn't do at all
 }
 
-Status find(const SelectedAttentionProblem& p, const Gpu& gpu, Operation operation, const Instance** found) {
-  return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, operation, uses_sm90(operation, p), found);
-}
-
-// For sizes. Null where the call will fail: it says why.
-const Instance* find_if_possible(const SelectedAttentionProblem& p, Operation operation) {
-  Gpu gpu;
-  const Instance* kernel = nullptr;
-  if (query_gpu(nullptr, &gpu).ok()) find(p, gpu, operation, &kernel);
-  return kernel;
-}
-
-// The tile whose unions a kernel reads; 0 warps: it walks the lists itself.
-TileSize union_tile(const Instance* kernel) {
-  if (!kernel || kernel->family != Backend::kSm90) return {0, 0};
-  if (kernel->operation == Operation::selected_forward) return sm90::selected_forward::tile_size(kernel->dv);
-  return sm90::selected_dq::tile_size(kernel->dk);
+Status find_forward(const SelectedAttentionProblem& p, const Gpu& gpu, const Instance** found) {
+  return find_kernel({p.backend, p.dtype, p.head_dim_qk, p.head_dim_v}, gpu, Operation::selected_forward,
+                     forward_uses_sm90(p), found);
 }
 
 struct TilePlan {
@@ -148,11 +138,16 @@ struct TilePlan {
   TileUnions unions;
 };
 
-// kernel: whose tiles the plan is for.
+// kernel: whose tiles the plan is for. Those of the sm80 family walk the lists themselves.
 TilePlan carve_tiles(const SelectedAttentionProblem& p, const Instance* kernel, Carver& carver) {
-  const TileSize size = union_tile(kernel);
-  TilePlan tiles = {carve_plan(p, carver, size.warps ? 4 : 1), {}};  // wgmma multiplies four units
-  if (size.warps) tiles.unions = carve_unions(p, tiles.plan, size, carver);
+  const bool unions = kernel && kernel->family == Backend::kSm90;
+  const bool forward = kernel && kernel->operation == Operation::selected_forward;
+  TilePlan tiles = {carve_plan(p, carver, unions && forward ? 4 : 1), {}};  // wgmma multiplies four units
+  if (unions) {
+    const TileSize size =
+        forward ? sm90::selected_forward::tile_size(kernel->dv) : sm90::selected_dq::tile_size(kernel->dk);
+    tiles.unions = carve_unions(p, tiles.plan, size, !forward, carver);
+  }
   return tiles;
 }
 
@@ -167,10 +162,61 @@ Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
   return cuda::check_rows(plan.total_q * (p.num_heads_q / p.num_heads_k));
 }
 
+// The inverted index numbers the entries of a kv head in 32 bits.
+Status check_entries(const Plan& plan) {
+  if (static_cast<int64_t>(plan.total_q) * plan.list_width <= UINT_MAX) return {};
+  return make_status(
+      StatusCode::kNotSupported,
+      "q has %d rows and block_indices %d entries a row; the CUDA backward takes fewer than 2^32 entries "
+      "of one kv head",
+      plan.total_q, plan.list_width);
+}
+
 // Without keys nothing is read, but addresses are still formed.
 void point_somewhere(const Plan& plan, TensorArg* k, TensorArg* v) {
   if (plan.total_k > 0) return;
   *k = *v = {reinterpret_cast<char*>(const_cast<int32_t*>(plan.last_key)), 0, 0, 0, INT_MAX};
+}
+
+// The two kernels of a backward. The Hopper ones share dS: dK's leaves it for dQ's.
+struct BackwardKernels {
+  const Instance *dq = nullptr, *dkdv = nullptr;
+  bool share_ds() const { return dq && dkdv && dq->family == Backend::kSm90; }
+};
+
+Status find_kernels(const SelectedAttentionProblem& p, const Gpu& gpu, BackwardKernels* kernels) {
+  const auto find_both = [&](Backend backend) {
+    const KernelRequest request = {backend, p.dtype, p.head_dim_qk, p.head_dim_v};
+    const bool uses_sm90 = backend != Backend::kSm80 && backward_uses_sm90(p);
+    const Status status = find_kernel(request, gpu, Operation::selected_dkdv, uses_sm90, &kernels->dkdv);
+    return status.ok() ? find_kernel(request, gpu, Operation::selected_dq, uses_sm90, &kernels->dq) : status;
+  };
+  const Status status = find_both(p.backend);
+  // a build that holds one of the Hopper kernels only
+  return status.ok() && kernels->dq->family != kernels->dkdv->family ? find_both(Backend::kSm80) : status;
+}
+
+// dS of a window takes at most 1 GiB, or as much as kMinWindow q rows or the kMaxWindows-th part of all need: in more
+// windows a block's list of a window would have less than S l' / 16 entries, 64 of usual sizes. At 64K
+// tokens (64 / 4 heads, 16 blocks of 64) that is 8192 rows; backward in ms, uniform / clustered: all at once (8.6
+// GB) 21.1 / 18.9, 16384 rows 22.0 / 19.3, 8192 21.5 / 19.2, 4096 22.4 / 19.8, 2048 28.6 / 23.9.
+constexpr int64_t kMaxDsBytes = int64_t{1} << 30;
+constexpr int64_t kMinWindow = 256, kMaxWindows = 16;
+
+Windows choose_windows(const SelectedAttentionProblem& p, const Plan& plan, int tile_warps, bool shares_ds) {
+  Windows windows = {1, std::max(plan.total_q, 1), 1};
+  const int64_t row_bytes = 2 * p.num_heads_q * plan.list_width * plan.block_size;  // dS of a q row
+  if (!shares_ds || plan.total_q * row_bytes <= kMaxDsBytes) return windows;
+  // Where rows fill their tiles without a break, windows end where tiles do.
+  const int64_t group = p.num_heads_q / p.num_heads_k, tile_rows = 16 * tile_warps;
+  const int64_t step = tile_rows / std::gcd(tile_rows, group);
+  windows.buffers = plan.units.runs == 1 ? 1 : 2;
+  const int64_t least = std::max(kMinWindow, plan.total_q / kMaxWindows);
+  const int64_t rows = std::max(kMaxDsBytes / row_bytes / windows.buffers, least) / step * step;
+  windows.rows = static_cast<int>(std::min<int64_t>(std::max(rows, step), plan.total_q));
+  windows.count = (plan.total_q + windows.rows - 1) / windows.rows;
+  if (windows.count == 1) windows.buffers = 1;
+  return windows;
 }
 
 struct BackwardPieces {
@@ -178,35 +224,43 @@ struct BackwardPieces {
   void* index_scratch = nullptr;
 };
 
-// dq: the kernel of dQ.
-BackwardPieces carve_backward(const SelectedAttentionBackward& args, const Instance* dq, Carver& carver) {
+BackwardPieces carve_backward(const SelectedAttentionBackward& args, const BackwardKernels& kernels, Carver& carver) {
   const SelectedAttentionProblem& p = args.problem;
   BackwardPieces pieces = {};
   BackwardArgs& a = pieces.device;
-  const TilePlan tiles = carve_tiles(p, dq, carver);
+  const TilePlan tiles = carve_tiles(p, kernels.dq, carver);
   a.plan = tiles.plan;
   a.unions = tiles.unions;
   carve_stats(args, carver, a);
-  if (wants_keys(args)) {
-    a.index = carve_index(p, a.plan, carver, &pieces.index_scratch);
-    a.partials = carver.take<float>(a.index.max_partials * p.block_size * (p.head_dim_qk + p.head_dim_v));
+  const bool shares_ds = kernels.share_ds() && args.dq.data;
+  if (!wants_keys(args) && !shares_ds) return pieces;
+  const Windows windows = choose_windows(p, a.plan, a.unions.warps, shares_ds);
+  a.index = carve_index(p, a.plan, windows, shares_ds, carver, &pieces.index_scratch);
+  const int64_t dims = p.head_dim_qk + p.head_dim_v;
+  a.partials = carver.take<float>(a.index.max_partials * p.block_size * dims);
+  if (windows.count > 1 && wants_keys(args)) a.sums = carver.take<float>(a.plan.total_k * p.num_heads_k * dims);
+  if (shares_ds) {
+    a.ds_rows = static_cast<int64_t>(windows.buffers) * windows.rows * a.plan.list_width * p.num_heads_q;
+    a.ds = carver.take<char>(2 * a.ds_rows * a.plan.block_size);
   }
   return pieces;
 }
 
-Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const BackwardPieces& pieces) {
+// dK and dV, and dQ where it comes from dK's dS, window after window.
+Status run_windows(const SelectedAttentionBackward& args, const Gpu& gpu, const BackwardKernels& kernels,
+                   BackwardArgs& a, void* index_scratch) {
   const SelectedAttentionProblem& p = args.problem;
-  const BackwardArgs& a = pieces.device;
-  const Instance* kernel;
-  Status status = find(p, gpu, Operation::selected_dkdv, &kernel);
-  if (status.ok() && a.index.num_lists > 0) {
-    status = make_index(a.plan, a.index, pieces.index_scratch, args.stream);
-    if (status.ok()) status = kernel->backward(a, gpu.launch);
-    if (status.ok()) {
-      status = add_partials(p.dtype, a, static_cast<int>(p.head_dim_qk), static_cast<int>(p.head_dim_v), args.stream);
+  const int dk = static_cast<int>(p.head_dim_qk), dv = static_cast<int>(p.head_dim_v);
+  Status status = make_index(a.plan, a.index, a.num_heads_k, index_scratch, args.stream);
+  if (status.ok() && a.sums) status = clear_sums(a, dk, dv, args.stream);
+  for (a.index.window = 0; a.index.window < a.index.windows.count && status.ok(); ++a.index.window) {
+    if (a.index.window_lists > 0) {
+      status = kernels.dkdv->backward(a, gpu.launch);
+      if (status.ok()) status = add_partials(p.dtype, a, dk, dv, args.stream);
     }
+    if (status.ok() && a.ds && a.plan.total_q > 0) status = kernels.dq->backward(a, gpu.launch);
   }
-  if (status.ok()) status = clear_dead_keys(p, a, args.stream);
+  if (status.ok() && a.sums) status = store_sums(p.dtype, a, dk, dv, args.stream);
   return status;
 }
 
@@ -214,14 +268,20 @@ Status run_keys(const SelectedAttentionBackward& args, const Gpu& gpu, const Bac
 
 Status workspace_bytes(const SelectedAttentionForward& args, std::size_t* bytes) {
   Carver carver(nullptr);
-  carve_tiles(args.problem, find_if_possible(args.problem, Operation::selected_forward), carver);
+  Gpu gpu;
+  const Instance* kernel = nullptr;  // where none is found the call will say why
+  if (query_gpu(nullptr, &gpu).ok()) find_forward(args.problem, gpu, &kernel);
+  carve_tiles(args.problem, kernel, carver);
   *bytes = carver.used();
   return {};
 }
 
 Status workspace_bytes(const SelectedAttentionBackward& args, std::size_t* bytes) {
   Carver carver(nullptr);
-  carve_backward(args, find_if_possible(args.problem, Operation::selected_dq), carver);
+  Gpu gpu;
+  BackwardKernels kernels;
+  if (query_gpu(nullptr, &gpu).ok()) find_kernels(args.problem, gpu, &kernels);
+  carve_backward(args, kernels, carver);
   *bytes = carver.used();
   return {};
 }
@@ -231,7 +291,7 @@ Status selected_attention(const SelectedAttentionForward& args) {
   Gpu gpu;
   Status status = query_gpu(args.stream, &gpu);
   const Instance* kernel = nullptr;
-  if (status.ok()) status = find(p, gpu, Operation::selected_forward, &kernel);
+  if (status.ok()) status = find_forward(p, gpu, &kernel);
   Carver carver(args.workspace);
   ForwardArgs a = {};
   if (!status.ok()) return status;
@@ -251,20 +311,22 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   const SelectedAttentionProblem& p = args.problem;
   Gpu gpu;
   Status status = query_gpu(args.stream, &gpu);
-  const Instance* dq = nullptr;
-  if (status.ok()) status = find(p, gpu, Operation::selected_dq, &dq);
+  BackwardKernels kernels;
+  if (status.ok()) status = find_kernels(p, gpu, &kernels);
   if (!status.ok()) return status;
   Carver carver(args.workspace);
-  BackwardPieces pieces = carve_backward(args, dq, carver);
+  BackwardPieces pieces = carve_backward(args, kernels, carver);
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
+  if (status.ok() && a.index.windows.count > 0) status = check_entries(a.plan);
   if (!status.ok()) return status;
   set_backward_arguments(args, a);
   status = make_tiles(p, a.plan, a.unions, args.stream);
   if (status.ok()) status = make_stats(args, a);
-  if (status.ok() && wants_keys(args)) status = run_keys(args, gpu, pieces);
   point_somewhere(a.plan, &a.k, &a.v);
-  if (status.ok() && args.dq.data && a.plan.total_q > 0) status = dq->backward(a, gpu.launch);
+  if (status.ok() && a.index.windows.count > 0) status = run_windows(args, gpu, kernels, a, pieces.index_scratch);
+  if (status.ok() && wants_keys(args)) status = clear_dead_keys(p, a, args.stream);
+  if (status.ok() && args.dq.data && !a.ds && a.plan.total_q > 0) status = kernels.dq->backward(a, gpu.launch);
   return status;
 }
 
@@ -272,7 +334,7 @@ Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::siz
   Gpu gpu;
   Status status = query_gpu(nullptr, &gpu);
   const Instance* kernel = nullptr;
-  if (status.ok()) status = find(problem, gpu, Operation::selected_forward, &kernel);
+  if (status.ok()) status = find_forward(problem, gpu, &kernel);
   if (status.ok()) std::snprintf(name, name_bytes, "%s", kernel->name);
   return status;
 }

@@ -9,14 +9,16 @@
 namespace nsa::cuda {
 namespace {
 
-// Enough items to fill 132 SMs 16 times over; a shorter chunk would only add partial tiles, a longer one a tail.
-constexpr int64_t kWantedItems = 2048;
+// Enough items to fill 132 SMs many times over, and not more, since every split list costs its partial tiles. Where dS
+// is kept half as many: 2048 took 0.4 ms more at 64K tokens in windows of 8192.
+constexpr int64_t kWantedItems = 2048, kWantedWithDs = 1024;
 constexpr int kMinChunk = 128;
 
+// The values that are sorted: entry = q row * S + place in the row's list.
 struct Scratch {
   uint32_t* keys_in;
   uint32_t* keys_out;
-  int32_t* rows_in;
+  uint32_t* values_in;
   uint64_t* work_count;  // [num_lists + 1]
   void* cub;
   std::size_t cub_bytes;
@@ -30,16 +32,16 @@ int bits_of(uint32_t value) {
   return bits;
 }
 
-Scratch carve_scratch(const Plan& plan, int num_lists, int64_t entries, Carver& carver) {
+Scratch carve_scratch(int num_lists, int64_t entries, Carver& carver) {
   Scratch s = {};
   s.entries = entries;
   s.key_bits = bits_of(static_cast<uint32_t>(num_lists));
   s.keys_in = carver.take<uint32_t>(entries);
   s.keys_out = carver.take<uint32_t>(entries);
-  s.rows_in = carver.take<int32_t>(entries);
+  s.values_in = carver.take<uint32_t>(entries);
   s.work_count = carver.take<uint64_t>(num_lists + 1);
   std::size_t sort_bytes = 0, scan_bytes = 0;
-  cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, s.keys_in, s.keys_out, s.rows_in, s.rows_in, entries, 0,
+  cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, s.keys_in, s.keys_out, s.values_in, s.values_in, entries, 0,
                                   s.key_bits);
   cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, s.work_count, s.work_count, num_lists + 1);
   s.cub_bytes = sort_bytes > scan_bytes ? sort_bytes : scan_bytes;
@@ -47,15 +49,18 @@ Scratch carve_scratch(const Plan& plan, int num_lists, int64_t entries, Carver& 
   return s;
 }
 
-// Entry i of [Hkv, total_q, S] -> (list, q row); kNoBlock sorts behind every list.
-__global__ void make_pairs(Plan plan, int num_lists, int64_t entries, uint32_t* keys, int32_t* rows) {
+// Entry i of [Hkv, total_q, S] -> (list, entry); kNoBlock sorts behind every list.
+__global__ void make_pairs(Plan plan, InvertedIndex index, int64_t entries, uint32_t* keys, uint32_t* values) {
   const int64_t per_head = static_cast<int64_t>(plan.total_q) * plan.list_width;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < entries;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int head = static_cast<int>(i / per_head);
+    const auto entry = static_cast<uint32_t>(i - head * per_head);
+    const int window = static_cast<int>(entry / plan.list_width) / index.windows.rows;
     const int block = plan.lists[i];
-    keys[i] = block == kNoBlock ? num_lists : static_cast<uint32_t>(head) * plan.num_blocks + block;
-    rows[i] = static_cast<int32_t>((i - head * per_head) / plan.list_width);
+    keys[i] = block == kNoBlock ? index.num_lists
+                                : static_cast<uint32_t>(window) * index.window_lists + head * plan.num_blocks + block;
+    values[i] = entry;
   }
 }
 
@@ -73,56 +78,88 @@ __global__ void find_lists(const uint32_t* keys, int64_t entries, int num_lists,
   list_begin[list] = low;
 }
 
-// An empty list is one item too: its gradients are zeros that somebody must write.
-__global__ void count_work(const int64_t* list_begin, int num_lists, int chunk, uint64_t* count) {
+// The sorted values become q rows, and places tell where each entry went.
+__global__ void place_entries(Plan plan, InvertedIndex index, int64_t entries, const uint32_t* keys, uint32_t* values,
+                              uint32_t* places) {
+  const int64_t per_head = static_cast<int64_t>(plan.total_q) * plan.list_width;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < entries;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+    const uint32_t entry = values[i];
+    values[i] = entry / plan.list_width;
+    if (!places || keys[i] >= static_cast<uint32_t>(index.num_lists)) continue;
+    index.window = static_cast<int>(keys[i]) / index.window_lists;
+    const int head = (static_cast<int>(keys[i]) - index.first_list()) / plan.num_blocks;
+    places[head * per_head + entry] =
+        static_cast<uint32_t>(i - index.list_begin[index.first_list()] + index.first_place());
+  }
+}
+
+// An empty list is one item too where there is one window: its gradients are zeros that somebody must write.
+__global__ void count_work(const int64_t* list_begin, int num_lists, int chunk, int items_of_none, uint64_t* count) {
   const int list = blockIdx.x * blockDim.x + threadIdx.x;
   if (list > num_lists) return;
   uint64_t items = 0;
   if (list < num_lists) items = (list_begin[list + 1] - list_begin[list] + chunk - 1) / chunk;
   const uint64_t partials = items > 1 ? items : 0;
-  count[list] = list < num_lists ? (items ? items : 1) | partials << 32 : 0;
+  count[list] = list < num_lists ? (items ? items : items_of_none) | partials << 32 : 0;
 }
 
 }  // namespace
 
-InvertedIndex carve_index(const SelectedAttentionProblem& p, const Plan& plan, Carver& carver, void** scratch) {
+InvertedIndex carve_index(const SelectedAttentionProblem& p, const Plan& plan, const Windows& windows,
+                          bool wants_places, Carver& carver, void** scratch) {
   InvertedIndex index = {};
-  const int64_t entries = static_cast<int64_t>(plan.total_q) * p.num_heads_k * plan.list_width;
-  index.num_lists = static_cast<int>(p.num_heads_k * plan.num_blocks);
-  const int64_t chunk = (entries / kWantedItems + kMinChunk - 1) / kMinChunk * kMinChunk;
+  const int64_t entries_per_row = p.num_heads_k * plan.list_width;
+  const int64_t entries = plan.total_q * entries_per_row, window_entries = windows.rows * entries_per_row;
+  index.windows = windows;
+  index.window_lists = static_cast<int>(p.num_heads_k * plan.num_blocks);
+  index.num_lists = windows.count * index.window_lists;
+  index.buffer_entries = windows.buffers > 1 ? window_entries : 0;
+  const int64_t wanted = wants_places ? kWantedWithDs : kWantedItems;
+  const int64_t chunk = (window_entries / wanted + kMinChunk - 1) / kMinChunk * kMinChunk;
   index.chunk = static_cast<int>(chunk < kMinChunk ? kMinChunk : chunk);
-  index.max_items = index.num_lists + entries / index.chunk;
-  index.max_partials = 2 * (entries / index.chunk);
+  index.max_items = index.window_lists + window_entries / index.chunk;
+  index.max_partials = 2 * (window_entries / index.chunk);
   index.rows = carver.take<int32_t>(entries);
   index.list_begin = carver.take<int64_t>(index.num_lists + 1);
   index.work_begin = carver.take<uint64_t>(index.num_lists + 1);
+  index.places = wants_places ? carver.take<uint32_t>(entries) : nullptr;
   // the scratch carves the same pieces in the same order again when it is used
   char* const begin = carver.take<char>(0);
   Carver inside(begin);
-  carve_scratch(plan, index.num_lists, entries, inside);
+  carve_scratch(index.num_lists, entries, inside);
   carver.take<char>(static_cast<int64_t>(inside.used()));
   *scratch = begin;
   return index;
 }
 
-Status make_index(const Plan& plan, const InvertedIndex& index, void* scratch, cudaStream_t stream) {
-  const int num_heads = plan.num_blocks ? index.num_lists / plan.num_blocks : 0;
-  const int64_t entries = static_cast<int64_t>(plan.total_q) * num_heads * plan.list_width;
+Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k, void* scratch, cudaStream_t stream) {
+  const int64_t entries = static_cast<int64_t>(plan.total_q) * num_heads_k * plan.list_width;
   Carver inside(scratch);
-  Scratch s = carve_scratch(plan, index.num_lists, entries, inside);
+  Scratch s = carve_scratch(index.num_lists, entries, inside);
   int64_t* list_begin = const_cast<int64_t*>(index.list_begin);
+  auto* values = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(index.rows));  // until they become rows
+  const int64_t wanted = (entries + 255) / 256;
+  const auto grid = static_cast<unsigned>(wanted < 65536 ? wanted : 65536);
   cudaError_t error = cudaSuccess;
   if (entries > 0) {
-    const int64_t grid = (entries + 255) / 256;
-    make_pairs<<<static_cast<unsigned>(grid < 65536 ? grid : 65536), 256, 0, stream>>>(plan, index.num_lists, entries,
-                                                                                       s.keys_in, s.rows_in);
-    error = cub::DeviceRadixSort::SortPairs(s.cub, s.cub_bytes, s.keys_in, s.keys_out, s.rows_in,
-                                            const_cast<int32_t*>(index.rows), entries, 0, s.key_bits, stream);
+    make_pairs<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_in, s.values_in);
+    error = cub::DeviceRadixSort::SortPairs(s.cub, s.cub_bytes, s.keys_in, s.keys_out, s.values_in, values, entries, 0,
+                                            s.key_bits, stream);
     if (error != cudaSuccess) return cuda_status(error, "selected attention backward: sorting the inverted index");
   }
   const int threads = index.num_lists + 1;
   find_lists<<<(threads + 255) / 256, 256, 0, stream>>>(s.keys_out, entries, index.num_lists, list_begin);
-  count_work<<<(threads + 255) / 256, 256, 0, stream>>>(list_begin, index.num_lists, index.chunk, s.work_count);
+  if (entries > 0) {
+    if (index.places) {
+      error = cudaMemsetAsync(const_cast<uint32_t*>(index.places), 0, entries * sizeof(uint32_t), stream);
+      if (error != cudaSuccess) return cuda_status(error, "selected attention backward: clearing places");
+    }
+    place_entries<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_out, values,
+                                            const_cast<uint32_t*>(index.places));
+  }
+  count_work<<<(threads + 255) / 256, 256, 0, stream>>>(list_begin, index.num_lists, index.chunk,
+                                                        index.windows.count == 1, s.work_count);
   error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, s.work_count, const_cast<uint64_t*>(index.work_begin),
                                         threads, stream);
   if (error == cudaSuccess) error = cudaGetLastError();

@@ -62,7 +62,13 @@ struct BackwardArgs {
   TensorArg dq, dk, dv;   // data null: not wanted
   const RowStats* stats;  // [total_q, Hq]
   const int* negative;    // whether the gate of any row is; null: no
-  float* partials;        // [max_partials, l', Dk + Dv]
+  float* partials;        // [max_partials, l', Dk + Dv] of a window
+  float* sums;            // [total_k, Hkv, Dk + Dv] of all windows; null where there is one
+  // dS of a window, from dK's kernel to dQ's; null: not wanted. [l' / 64, ds_rows, 64 keys] in the dtype of q: a row
+  // for every place (InvertedIndex) and head of the group. Of every 16 keys, 2 i, 2 i + 1, 2 i + 8, 2 i + 9 stand
+  // together, as mma's A operand wants them.
+  char* ds;
+  int64_t ds_rows;
   int num_heads_k;
   Divisor group;
   float scale, scale_log2;
@@ -90,6 +96,9 @@ struct StatsInputs {
 Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_heads, int dv, RowStats* stats,
                       int* negative, cudaStream_t stream);
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
+// args.sums to zeros, and at the end dK and dV from them.
+Status clear_sums(const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
+Status store_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);
 
 }  // namespace nsa::cuda

@@ -62,6 +62,7 @@ struct TileUnions {
   Divisor tiles_per_head;
   int part;             // keys
   int capacity, words;  // entries a tile, 32-bit words an entry
+  bool in_order;        // all entries at the front
 };
 
 struct TileSize {
@@ -91,10 +92,19 @@ Plan carve_plan(const SelectedAttentionProblem& problem, Carver& carver, int uni
 // Launches the kernels that fill the plan's arrays.
 Status make_plan(const SelectedAttentionProblem& problem, const Plan& plan, cudaStream_t stream);
 
-TileUnions carve_unions(const SelectedAttentionProblem& problem, const Plan& plan, TileSize size, Carver& carver);
+TileUnions carve_unions(const SelectedAttentionProblem& problem, const Plan& plan, TileSize size, bool in_order,
+                        Carver& carver);
 Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, Divisor group, cudaStream_t stream);
 
-// The lists turned round: for every (kv head, block) the q rows that chose it, ascending.
+// How a backward is cut into passes over windows of q rows, one after the other, so that the dS which dK's kernel
+// leaves for dQ's (BackwardArgs::ds) takes a bounded part of the memory however long the sequence is.
+struct Windows {
+  int count, rows;
+  int buffers;  // 2: a tile of queries may lie over the border of two windows and needs the dS of both
+};
+
+// The lists turned round: for every (window, kv head, block) the window's q rows that chose it, ascending.
+// List = (window * Hkv + kv head) * num_blocks + block.
 //
 // A list longer than `chunk` is split into work items of `chunk` entries whose results go to fp32 partial tiles, added
 // up later in the same fixed order every time. Items of list i: work_begin[i] .. work_begin[i + 1]; the low 32 bits
@@ -103,14 +113,25 @@ struct InvertedIndex {
   const int32_t* rows;         // [E] q rows
   const int64_t* list_begin;   // [num_lists + 1] where a list starts in rows
   const uint64_t* work_begin;  // [num_lists + 1]
-  int num_lists;               // Hkv * num_blocks; list = kv head * num_blocks + block
-  int chunk;                   // entries
-  int64_t max_items;           // what the grid is launched with: items known only on the device
-  int64_t max_partials;
+  // [Hkv, total_q, S], null: not wanted. Where an entry of the lists stands among those of its window; with two buffers
+  // every second window counts from buffer_entries on. Of no meaning where the list has no such entry, but in range.
+  const uint32_t* places;
+  int64_t buffer_entries;
+  int num_lists, window_lists;  // of all windows, of one
+  Windows windows;
+  int window;            // the one at work
+  int chunk;             // entries
+  int64_t max_items;     // of a window: what the grid is launched with, since items are known only on the device
+  int64_t max_partials;  // of a window
+
+  __host__ __device__ int first_list() const { return window * window_lists; }
+  // What is added to a place in this window.
+  __host__ __device__ int64_t first_place() const { return window % 2 ? buffer_entries : 0; }
 };
 
-InvertedIndex carve_index(const SelectedAttentionProblem& problem, const Plan& plan, Carver& carver, void** scratch);
-Status make_index(const Plan& plan, const InvertedIndex& index, void* scratch, cudaStream_t stream);
+InvertedIndex carve_index(const SelectedAttentionProblem& problem, const Plan& plan, const Windows& windows,
+                          bool wants_places, Carver& carver, void** scratch);
+Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k, void* scratch, cudaStream_t stream);
 
 Status cuda_status(int error, const char* what);  // error: a cudaError_t
 Status make_status(StatusCode code, const char* format, ...) __attribute__((format(printf, 2, 3)));

@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(32 * kWarps) walk_unions(Plan plan, TileUnions
         int word = __shfl_sync(kFullWarp, valid > 0 ? static_cast<int>(members) : 0, lane - 3);
         if (lane == 0) word = key;
         if (lane == 1) word = valid;
-        const unsigned alone = device::StageFlags::alone(any_bits);
+        const unsigned alone = unions.in_order ? 0 : device::StageFlags::alone(any_bits);
         if (lane == 2) word = static_cast<int>(any_bits | all_bits << device::StageFlags::kMaxUnits | alone);
         const int place = alone ? unions.capacity - 1 - count.y++ : count.x++;
         if (lane < unions.words) entries[static_cast<int64_t>(place) * unions.words + lane] = word;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
       const int key = block.x + done, valid = min(block.y - done, unions.part);
       unsigned flags = real ? gathered.flags<kOneWord>(i, key + unions.part - 1) : 0;
       if (valid < unions.part) flags &= StageFlags::kAny;
-      const unsigned alone = StageFlags::alone(flags);
+      const unsigned alone = unions.in_order ? 0 : StageFlags::alone(flags);
       const unsigned front = __ballot_sync(kFullWarp, real && !alone), back = __ballot_sync(kFullWarp, real && alone);
       if (real) {
         const unsigned below = (1u << lane) - 1;
@@ -134,8 +134,10 @@ __global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
 
 }  // namespace
 
-TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, TileSize size, Carver& carver) {
+TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, TileSize size, bool in_order,
+                        Carver& carver) {
   TileUnions unions = {};
+  unions.in_order = in_order;
   const int tokens = max_tokens(size.warps, static_cast<int>(p.num_heads_q / p.num_heads_k));
   unions.warps = size.warps;
   unions.tiles_per_head = (plan.units.max_units + size.warps - 1) / size.warps;

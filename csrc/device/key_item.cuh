@@ -18,10 +18,11 @@ struct Item {
   int partial;  // partial tile, -1: the list is in one piece
 };
 
-// Which list holds work item `item`: a search with 32 probes a round, the same in every warp. -1: there is no such
-// item.
+// Which of the window's lists holds work item `item`: a search with 32 probes a round, the same in every warp. -1:
+// there is no such item.
 __device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsigned item, int lane) {
-  int low = 0, high = index.num_lists;  // the last list with work_begin <= item, in [low, high)
+  int low = index.first_list(),
+      high = low + index.window_lists;  // the last list with work_begin <= item, in [low, high)
   if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
   while (high - low > 1) {
     const int step = (high - low + 31) / 32;
@@ -36,19 +37,22 @@ __device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsig
 
 template <int kKeys>
 __device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane, Item& item) {
-  const int list = find_list(a.index, blockIdx.x, lane);
+  const cuda::InvertedIndex& index = a.index;
+  const uint64_t first_work = index.work_begin[index.first_list()];
+  const unsigned number = static_cast<uint32_t>(first_work) + blockIdx.x;
+  const int list = find_list(index, number, lane);
   if (list < 0) return false;
-  const uint64_t work = a.index.work_begin[list];
-  const int nth = static_cast<int>(blockIdx.x - static_cast<uint32_t>(work));
-  const bool split = static_cast<uint32_t>(a.index.work_begin[list + 1]) - static_cast<uint32_t>(work) > 1;
-  item.head = list / a.plan.num_blocks;
-  const int2 block = a.plan.blocks[list - item.head * a.plan.num_blocks];
+  const uint64_t work = index.work_begin[list];
+  const int nth = static_cast<int>(number - static_cast<uint32_t>(work));
+  const bool split = static_cast<uint32_t>(index.work_begin[list + 1]) - static_cast<uint32_t>(work) > 1;
+  item.head = (list - index.first_list()) / a.plan.num_blocks;
+  const int2 block = a.plan.blocks[list - index.first_list() - item.head * a.plan.num_blocks];
   item.first_in_block = blockIdx.y * kKeys;
   item.first_key = block.x + item.first_in_block;
   item.keys = min(block.y - item.first_in_block, kKeys);
-  item.begin = a.index.list_begin[list] + static_cast<int64_t>(nth) * a.index.chunk;
-  item.entries = static_cast<int>(min(a.index.list_begin[list + 1] - item.begin, static_cast<int64_t>(a.index.chunk)));
-  item.partial = split ? static_cast<int>(work >> 32) + nth : -1;
+  item.begin = index.list_begin[list] + static_cast<int64_t>(nth) * index.chunk;
+  item.entries = static_cast<int>(min(index.list_begin[list + 1] - item.begin, static_cast<int64_t>(index.chunk)));
+  item.partial = split ? static_cast<int>((work >> 32) - (first_work >> 32)) + nth : -1;
   return item.keys > 0;
 }
 
@@ -144,6 +148,14 @@ __device__ __forceinline__ void store_partial(float* to, const float (&sum)[kCol
   }
 }
 
+// To the sums of all windows. One item a window adds to a number, so that the order is that of the launches; nobody
+// waits for the old value.
+template <int kColumns>
+__device__ __forceinline__ void add_to_sums(float* to, const float (&sum)[kColumns / 8][4], int r, int lane) {
+#pragma unroll
+  for (int n = 0; n < kColumns / 8; ++n) add_to_global(to + 8 * n + 2 * (lane & 3), sum[n][2 * r], sum[n][2 * r + 1]);
+}
+
 // Writes a warp's 16 keys, from key `first` of the item on, and its columns: gradients, or a partial tile.
 template <typename Config>
 __device__ __forceinline__ void store_sums(const cuda::BackwardArgs& a, const Item& item, int first, int half, int lane,
@@ -162,6 +174,12 @@ __device__ __forceinline__ void store_sums(const cuda::BackwardArgs& a, const It
       continue;
     }
     const int k_row = item.first_key + key;
+    if (a.sums) {
+      float* row = a.sums + (static_cast<int64_t>(k_row) * a.num_heads_k + item.head) * (Config::kDk + Config::kDv);
+      add_to_sums<Config::kDkColumns>(row + dk_column, sums.dk, r, lane);
+      add_to_sums<Config::kDvColumns>(row + Config::kDk + dv_column, sums.dv, r, lane);
+      continue;
+    }
     if (a.dk.data) {
       store_row<Element, Config::kDkColumns>(a.dk.at(k_row, item.head) + 2 * dk_column, sums.dk, r, a.scale, lane);
     }

@@ -185,6 +185,23 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&m)[4], uint32_
                : "memory");
 }
 
+// An 8x8 matrix of 16-bit elements, of which a lane holds two of row lane / 4, turned round.
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t m) {
+  uint32_t turned;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(m));
+  return turned;
+}
+
+// Two neighbouring floats (8-byte aligned), added in the L2.
+__device__ __forceinline__ void add_to_global(float* to, float x, float y) {
+#if __CUDA_ARCH__ >= 900 && (__CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201)
+  asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y) : "memory");
+#else
+  atomicAdd(to, x);
+  atomicAdd(to + 1, y);
+#endif
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -152,6 +152,14 @@ struct KeyRing {
       phase ^= 1;
     }
   }
+  // By several producers that take turns; at most a lap.
+  __device__ __forceinline__ void advance(int by) {
+    stage += by;
+    if (stage >= stages) {
+      stage -= stages;
+      phase ^= 1;
+    }
+  }
   // By consumers: the tile that the next stage belongs to, -1 after the last one.
   __device__ __forceinline__ int wait_tile() const {
     barrier_wait(full(), phase);

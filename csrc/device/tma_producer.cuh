@@ -104,13 +104,19 @@ struct TmaProducer {
   }
 
   // A CTA takes every gridDim.x-th tile, one kv head after the other: its K and V stay in the L2.
-  __device__ __forceinline__ void run(KeyRing<Shape>& ring) const {
+  template <typename Tiles>
+  __device__ __forceinline__ void run(KeyRing<Shape>& ring, const Tiles& tiles) const {
     if (lane == 0) {
       prefetch_map(&maps.k);
       prefetch_map(&maps.v);
     }
-    for (int t = blockIdx.x; t < unions.tiles_per_head * num_heads_k; t += gridDim.x) tile_stages(ring, t);
+    for (int i = blockIdx.x; i < tiles.count; i += gridDim.x) tile_stages(ring, tiles.number(i));
   }
+};
+
+struct AllTiles {
+  int count;
+  __device__ __forceinline__ int number(int i) const { return i; }
 };
 
 }  // namespace nsa::device

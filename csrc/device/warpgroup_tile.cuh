@@ -1,9 +1,9 @@
-// The consumers of the Hopper kernels over query tiles: a warpgroup of four units (64 rows) goes through the stages of
-// its tile. What it computes is a Pass:
-//   start_scores(stage)        starts the products that weigh a stage's keys (S; dQ: S and dP)
-//   weigh(stage, flags)        turns them into the operand of the sum (P; dQ: dS), in registers that no product uses
+// The consumers of the Hopper forward: a warpgroup of four units (64 rows) goes through the stages of its tile. What it
+// computes is a Pass:
+//   start_scores(stage)        starts the product that weighs a stage's keys, S
+//   weigh(stage, flags)        turns it into the operand of the sum, P, in registers that no product uses
 //   settle()                   behind weigh, once no product is in flight: makes that operand the next sum's
-//   start_sum(stage)           starts the sum over the stage's keys (O += P V; dQ += dS K)
+//   start_sum(stage)           starts the sum over the stage's keys, O += P V
 //   attend(stage, flags)       all of that for one warp's unit, by mma.sync
 //   hold_scores(), hold_sum()  keep the compiler from touching either before its product is done
 //
@@ -11,7 +11,7 @@
 // stood still for a third of the time.
 //
 // The tile's last stages are those that no three units of a warpgroup share. There the warps part: each takes the
-// stages of its own unit alone, reads its own rows of Q (dO) alone, and goes on to the next tile's without the others.
+// stages of its own unit alone, reads its own rows of Q alone, and goes on to the next tile's without the others.
 // Up to as many stages are at work as the ring has.
 #pragma once
 

@@ -53,6 +53,7 @@ struct Wgmma;
 
 // The operands of 8, 16, .. columns: their numbers in the instruction, and the registers behind them.
 #define NSA_NUMBERS_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NSA_NUMBERS_48 NSA_NUMBERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define NSA_NUMBERS_64 \
   NSA_NUMBERS_32       \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -75,6 +76,7 @@ struct Wgmma;
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define NSA_ACC(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define NSA_ACCS_32 NSA_ACC(0), NSA_ACC(1), NSA_ACC(2), NSA_ACC(3)
+#define NSA_ACCS_48 NSA_ACCS_32, NSA_ACC(4), NSA_ACC(5)
 #define NSA_ACCS_64 NSA_ACCS_32, NSA_ACC(4), NSA_ACC(5), NSA_ACC(6), NSA_ACC(7)
 #define NSA_ACCS_96 NSA_ACCS_64, NSA_ACC(8), NSA_ACC(9), NSA_ACC(10), NSA_ACC(11)
 #define NSA_ACCS_128 NSA_ACCS_96, NSA_ACC(12), NSA_ACC(13), NSA_ACC(14), NSA_ACC(15)
@@ -107,6 +109,7 @@ struct Wgmma;
   NSA_WGMMA(__half, "f16", __VA_ARGS__)
 
 NSA_WGMMA_BOTH(32, 16, 17, 18, 19, 20)
+NSA_WGMMA_BOTH(48, 24, 25, 26, 27, 28)
 NSA_WGMMA_BOTH(64, 32, 33, 34, 35, 36)
 NSA_WGMMA_BOTH(96, 48, 49, 50, 51, 52)
 NSA_WGMMA_BOTH(128, 64, 65, 66, 67, 68)
@@ -117,6 +120,7 @@ NSA_WGMMA_BOTH(256, 128, 129, 130, 131, 132)
 #undef NSA_WGMMA_BOTH
 #undef NSA_WGMMA
 #undef NSA_ACCS_32
+#undef NSA_ACCS_48
 #undef NSA_ACCS_64
 #undef NSA_ACCS_96
 #undef NSA_ACCS_128
@@ -125,6 +129,7 @@ NSA_WGMMA_BOTH(256, 128, 129, 130, 131, 132)
 #undef NSA_ACCS_256
 #undef NSA_ACC
 #undef NSA_NUMBERS_32
+#undef NSA_NUMBERS_48
 #undef NSA_NUMBERS_64
 #undef NSA_NUMBERS_96
 #undef NSA_NUMBERS_128

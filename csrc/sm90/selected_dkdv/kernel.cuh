@@ -14,7 +14,7 @@ namespace nsa::sm90::selected_dkdv {
 using cuda::BackwardArgs;
 using device::Item;
 
-// How query rows are loaded. box_heads: heads of a token in a TMA box; 0: rows by cp.async.
+// How query rows are loaded by TMA. box_heads: heads of a token in a box.
 struct RowMaps {
   CUtensorMap q, dout;
   int box_heads;
@@ -25,7 +25,7 @@ struct RowMaps {
 // phases that neither sees, and a parity can't tell a lap that is still to land from the next.
 template <typename Config>
 struct RowRing {
-  static constexpr int kStep = 2 / Config::kReaders;  // from a stage to the warpgroup's next
+  static constexpr int kStep = Config::kWarpgroups / Config::kReaders;  // from a stage to the warpgroup's next
   uint32_t shared;
   int stages;
   int stage = 0;
@@ -36,9 +36,9 @@ struct RowRing {
   __device__ __forceinline__ uint32_t full(int s) const { return shared + 16 * s; }
   __device__ __forceinline__ uint32_t empty(int s) const { return full(s) + 8; }
   __device__ __forceinline__ uint32_t data() const { return shared + Config::kStages + stage * Config::kStageBytes; }
-  __device__ __forceinline__ void init(bool boxes) const {
+  __device__ __forceinline__ void init() const {
     // by TMA every warp arrives with its boxes and each of its lanes with the statistics it copied
-    const int arrivals = boxes ? Config::kBoxWarps * 33 : Config::kProducers;
+    const int arrivals = Config::kByThreads ? Config::kProducers : Config::kBoxWarps * 33;
     for (int s = 0; s < stages; ++s) {
       device::barrier_init(full(s), arrivals);
       device::barrier_init(empty(s), Config::kReaders * 4 * device::kWarpArrivals);
@@ -204,13 +204,39 @@ __device__ __forceinline__ void produce_boxes(const BackwardArgs& a, const RowMa
 
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 
+// Where a lane leaves dS (BackwardArgs::ds) of the item's first row that it holds; null: not wanted.
+template <typename Config>
+__device__ __forceinline__ char* score_gradients(const BackwardArgs& a, const Item& item, int warp, int lane) {
+  if (!a.ds || warp >= 4 * Config::kWarpgroups / Config::kSplit) return nullptr;  // both halves compute the same
+  const cuda::InvertedIndex& index = a.index;
+  const int64_t place = item.begin - index.list_begin[index.first_list()] + index.first_place();
+  const int64_t row = place * a.group + item.first_in_block / 64 * a.ds_rows;
+  return a.ds + 128 * (row + lane / 4) + 32 * (warp % 4) + 8 * (lane % 4);
+}
+
+// dS^T of a warp's 16 keys and the rows of a stage: 32 bytes a row, 8 from each of its four lanes. rows: that exist,
+// from the lane's first on. Through shared memory and bulk copies it was no faster: what it takes is the L2, which
+// writes at half the rate of reads.
+template <int kRows>
+__device__ __forceinline__ void store_score_gradients(char* to, const uint32_t (&ds)[kRows / 16][4], int rows) {
+#pragma unroll
+  for (int t = 0; t < kRows / 16; ++t) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint2 keys = {device::transpose_matrix(ds[t][2 * r]), device::transpose_matrix(ds[t][2 * r + 1])};
+      if (16 * t + 8 * r < rows) __stcs(reinterpret_cast<uint2*>(to + (16 * t + 8 * r) * 128), keys);
+    }
+  }
+}
+
 // A warpgroup's stages. Its products run while it works on registers:
 //   S | dP beside P | dS | dV and dK beside the wait for the next stage, and its S behind them
 // dP starts when dV and dK are done: it takes the registers of their operands. dV beside dS would need 16 more than
 // there are with (128, 128) (C7512); that time is the other warpgroup's.
 template <typename Config>
-__device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
-                                       int num_rows, int warp, int lane, device::KeySums<Config>& sums) {
+__device__ __forceinline__ void attend(const BackwardArgs& a, char* to_ds, int first_key, int unmasked_from,
+                                       RowRing<Config>& ring, int num_rows, int warp, int lane,
+                                       device::KeySums<Config>& sums) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kRows, kStep = RowRing<Config>::kStep;
   const int warpgroup = warp / 4, half = Config::kSplit == 2 ? warpgroup : 0;
@@ -252,6 +278,7 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
     device::start_columns<Element, kRows, Config::kDvColumns>(sums.dv, p_operand, stage + dv_rows);
     device::start_columns<Element, kRows, Config::kDkColumns>(sums.dk, ds_operand, stage + dk_rows);
     device::wgmma_commit();
+    if (to_ds) store_score_gradients<kRows>(to_ds + row * int64_t{128}, ds_operand, num_rows - row - lane / 4);
     last = ring.stage;
     ring.advance();
   }
@@ -262,13 +289,13 @@ __device__ __forceinline__ void attend(const BackwardArgs& a, int first_key, int
 
 // unmasked_from: a row needs no mask that sees this key.
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, int unmasked_from, RowRing<Config>& ring,
-                                        int num_rows, int warp, int lane) {
+__device__ __forceinline__ void consume(const BackwardArgs& a, char* to_ds, int first_key, int unmasked_from,
+                                        RowRing<Config>& ring, int num_rows, int warp, int lane) {
   const int warpgroup = warp / 4;
   device::KeySums<Config> sums;
   sums.reset();
-  attend<Config>(a, first_key, unmasked_from, ring, num_rows, warp, lane, sums);
-  if constexpr (Config::kSplit == 1) {
+  attend<Config>(a, to_ds, first_key, unmasked_from, ring, num_rows, warp, lane, sums);
+  if constexpr (RowRing<Config>::kStep == 2) {
     const uint32_t at = ring.shared + Config::kBlock + (warp % 4) * Config::kSumBytes + 16 * lane;
     sync_consumers();
     if (warpgroup == 1) sums.leave(at);
@@ -281,7 +308,7 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, int first_key, in
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
     kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ RowMaps maps, int stages) {
   extern __shared__ __align__(1024) char shared_memory[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -289,22 +316,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (!device::find_item<Config::kKeys>(a, lane, item)) return;
   RowRing<Config> ring = {device::shared_address(shared_memory), stages};
   if (threadIdx.x == 0) {
-    ring.init(maps.box_heads > 0);
+    ring.init();
     device::leave_item(item, ring.shared + Config::kItem);
   }
   __syncthreads();
   const int num_rows = item.entries * a.group;
   if (warp >= Config::kConsumers / 32) {
     device::give_registers<Config::kProducerRegisters>();
-    if (num_rows > 0 && maps.box_heads > 0) {
-      produce_boxes<Config>(a, maps, item, ring, num_rows, warp - Config::kConsumers / 32, lane);
-    } else if (num_rows > 0) {
+    if (num_rows == 0) return;
+    if constexpr (Config::kByThreads)
       produce<Config>(a, item, ring, num_rows);
-    }
+    else
+      produce_boxes<Config>(a, maps, item, ring, num_rows, warp - Config::kConsumers / 32, lane);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
-    const int unmasked_from = a.negative && *a.negative ? INT_MAX : item.first_key + item.keys - 1;
-    consume<Config>(a, item.first_key, unmasked_from, ring, num_rows, warp, lane);
+    const bool always =
+        item.keys < Config::kKeys || (a.negative && *a.negative);  // a short block's other keys count in dS
+    const int unmasked_from = always ? INT_MAX : item.first_key + item.keys - 1;
+    consume<Config>(a, score_gradients<Config>(a, item, warp, lane), item.first_key, unmasked_from, ring, num_rows,
+                    warp, lane);
   }
 }
 

@@ -1,9 +1,12 @@
-// dQ of selected attention on Hopper: like the forward, warpgroups of 4 units (64 rows) over the ring of their tile's
-// blocks.
-//   P = exp(S - lse)   dP = dO V^T   dS = P (dP - delta)   dQ = scale dS K
+// dQ of selected attention on Hopper: dQ = scale dS K, with the dS that dK's kernel left (BackwardArgs::ds). A tile of
+// queries goes through the union of its blocks as in the forward, in ascending order, but loads only K, and each warp
+// multiplies only what its own 16 rows chose. Nothing is computed twice: the backward is five products.
 #pragma once
 
-#include "device/warpgroup_tile.cuh"
+#include <type_traits>
+
+#include "device/tma_producer.cuh"
+#include "device/warpgroup.cuh"
 #include "sm90/selected_dq/config.h"
 
 namespace nsa::sm90::selected_dq {
@@ -11,154 +14,293 @@ namespace nsa::sm90::selected_dq {
 using cuda::BackwardArgs;
 using device::KeyRing;
 using device::QueryTile;
+using device::StageFlags;
 using device::Unit;
 
-// The products of the walk (device/warpgroup_tile.cuh): S = Q K^T and dP = dO V^T, dQ += dS K.
-template <typename Config>
-struct Pass {
-  using Element = typename Config::Element;
-  static constexpr int kKeys = Config::kKeys;
-  const KeyRing<Config>& ring;
-  device::Visibility<Config> sees;
-  uint32_t q, dout;  // the warpgroup's rows in shared memory
-  int warp, lane, block_size;
-  float scale_log2;
-  float lse2[2], delta[2];  // of the lane's two rows
-  float dq[Config::kDk / 8][4];
-  float s[kKeys / 8][4], dp[kKeys / 8][4];
-  uint32_t ds[kKeys / 16][4];
-  bool any;
+// The tiles of a window: those whose last token lies in it, of every kv head.
+struct WindowTiles {
+  int first, per_window, per_head;
+  int count;
 
-  __device__ __forceinline__ Pass(const BackwardArgs& a, const KeyRing<Config>& ring_, int warp_, int lane_)
-      : ring(ring_),
-        sees(ring_, warp_, lane_),
-        q(ring_.own(warp_ / 4 * 4)),
-        dout(q + 64 * 2 * Config::kDk),
-        warp(warp_),
-        lane(lane_),
-        block_size(a.plan.block_size),
-        scale_log2(a.scale_log2) {}
-
-  __device__ __forceinline__ void load(const BackwardArgs& a, const QueryTile& tile) {
-    const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
-    const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
-    device::copy_unit<Config::kDk>(q, a.q, tile, unit, a.group, warp, lane);
-    device::copy_unit<Config::kDv>(dout, a.dout, tile, unit, a.group, warp, lane);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      sees.set_row(r, row, first_token, a.plan);
-      const int heads = a.num_heads_k * a.group;
-      const cuda::RowStats stats =
-          row.real ? a.stats[static_cast<int64_t>(row.token) * heads + row.head] : cuda::RowStats{INFINITY, 0.f};
-      lse2[r] = stats.lse2;
-      delta[r] = stats.delta;
-    }
-  }
-  __device__ __forceinline__ void store(const BackwardArgs& a, const QueryTile& tile) const {
-    const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-      char* to = row.real ? a.dq.at(row.token, row.head) : nullptr;
-      device::store_row_wide<Element, Config::kDk>(to, row.real, dq, r, a.scale, lane, a.accumulate_dq);
-    }
-  }
-
-  __device__ __forceinline__ void start_scores(int stage) {
-    device::start_transposed<Element, Config::kDk, kKeys>(s, q, ring.keys(stage));
-    device::start_transposed<Element, Config::kDv, kKeys>(dp, dout, ring.values(stage));
-  }
-  __device__ __forceinline__ void start_sum(int stage) {
-    device::start_columns<Element, kKeys, Config::kDk>(dq, ds, ring.keys(stage));
-  }
-  __device__ __forceinline__ void hold_scores() {
-    device::hold(s);
-    device::hold(dp);
-  }
-  __device__ __forceinline__ void hold_sum() { device::hold(dq); }
-  // A warp whose unit chose nothing of the stage adds nothing.
-  __device__ __forceinline__ void weigh(int stage, unsigned flags) {
-    any = (flags & device::StageFlags::any(warp)) != 0;
-    if (!any) return;
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = device::exp2_approx(s[n][i] * scale_log2 - lse2[i / 2]) * (dp[n][i] - delta[i / 2]);
-      }
-    }
-    if ((flags & device::StageFlags::all(warp)) && !__any_sync(device::kFullWarp, device::is_negative(delta))) return;
-    sees.read(ring.info(stage), block_size);
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s[n][i] = sees.sees(i / 2, n, i % 2, lane) ? device::signed_by(delta[i / 2], s[n][i]) : 0.f;
-      }
-    }
-  }
-  __device__ __forceinline__ unsigned unit_flag() const { return device::StageFlags::any(warp); }
-  __device__ __forceinline__ void attend(int stage, unsigned flags) {
-    int lane = this->lane;
-    asm volatile("" : "+r"(lane));  // or the addresses stay in registers from stage to stage: (192, 128) spilled
-    device::clear(s);
-    device::clear(dp);
-    const device::SharedOperand<Config::kDk, device::BoxTile<Config::kDk, 64>> q_rows(q + warp % 4 * 16 * 128, lane);
-    device::multiply_transposed<Element, Config::kDk, kKeys, typename Config::TileK>(s, q_rows, ring.keys(stage), lane);
-    const device::SharedOperand<Config::kDv, device::BoxTile<Config::kDv, 64>> out_rows(dout + warp % 4 * 16 * 128,
-                                                                                        lane);
-    device::multiply_transposed<Element, Config::kDv, kKeys, typename Config::TileV>(dp, out_rows, ring.values(stage),
-                                                                                     lane);
-    weigh(stage, flags);
-    settle();
-    device::multiply<Element, Config::kDk, kKeys, Config::kDk, typename Config::TileK>(dq, ds, ring.keys(stage), lane);
-  }
-  __device__ __forceinline__ void settle() {
-    if (any) {
-      device::round_to_operand<Element, kKeys>(ds, s);
+  // The unit of a token's first row.
+  static __device__ __forceinline__ int unit_of(const cuda::Units& units, int token, const cuda::Divisor& group) {
+    int run, begin, first_unit;
+    if (units.unit_begin) {
+      run = device::find_run(units.token_begin, units.runs, token);
+      begin = __ldg(units.token_begin + run);
+      first_unit = __ldg(units.unit_begin + run);
     } else {
-      device::clear(ds);
+      run = token / units.tokens_per_run;
+      begin = run * units.tokens_per_run;
+      first_unit = run * units.units_per_run;
     }
+    return first_unit + (token - begin) * group / 16;
+  }
+
+  __device__ __forceinline__ WindowTiles(const BackwardArgs& a, int warps, int per_head_) : per_head(per_head_) {
+    const int window = a.index.window;
+    const int64_t begin = static_cast<int64_t>(window) * a.index.windows.rows, end = begin + a.index.windows.rows;
+    const auto tile_of = [&](int64_t token) { return unit_of(a.plan.units, static_cast<int>(token), a.group) / warps; };
+    first = window ? tile_of(begin) : 0;
+    per_window = (end < a.plan.total_q ? tile_of(end) : per_head) - first;
+    count = per_window * a.num_heads_k;
+  }
+  __device__ __forceinline__ int number(int i) const {
+    const int head = i / per_window;
+    return head * per_head + first + i - head * per_window;
   }
 };
 
-// As in the forward, the next tile's rows are on their way while this one's dQ is written.
+// The stages of one of the producer warps: a block of K each.
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, int warps,
-                                        const cuda::Divisor& tiles_per_head, int warp, int lane) {
-  const int warpgroup = warp / 4, tiles = tiles_per_head * a.num_heads_k;
-  Pass<Config> pass(a, ring, warp, lane);
+__device__ __forceinline__ void produce(const BackwardArgs& a, const CUtensorMap* map, KeyRing<Config>& ring,
+                                        const WindowTiles& tiles, int producer, int lane) {
+  constexpr int kKeys = Config::kKeys;
+  const cuda::TileUnions& unions = a.unions;
+  if (lane == 0) device::prefetch_map(map);
+  int turn = producer;  // entries until this warp's next one
+  ring.advance(producer);
+  for (int t = blockIdx.x; t < tiles.count; t += gridDim.x) {
+    const int number = tiles.number(t), head = number / unions.tiles_per_head;
+    const int listed = __ldg(unions.counts + number).x, count = max(listed, 1);  // consumers wait for one in any case
+    const int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words + lane;
+    const auto read = [&](int i) {  // this lane's word of an entry
+      return i < listed && lane < unions.words ? __ldg(entries + static_cast<int64_t>(i) * unions.words) : 0;
+    };
+    int i = turn, ahead = read(i);
+    for (; i < count; i += Config::kProducerWarps) {
+      const int word = ahead;
+      ahead = read(i + Config::kProducerWarps);
+      const int key = __shfl_sync(device::kFullWarp, word, 0), valid = __shfl_sync(device::kFullWarp, word, 1);
+      const unsigned any = __shfl_sync(device::kFullWarp, word, 2) & StageFlags::kAny;
+      device::barrier_wait(ring.empty(), ring.phase ^ 1);
+      if (lane >= 3 && lane < unions.words) device::store_shared(ring.info() + 4 * (lane - 2), word);
+      if (valid != kKeys) {  // the end of a sequence: what lies behind it belongs to somebody else
+        device::copy_partial<typename Config::TileK>(ring.keys(), a.k.at(key, head), a.k.row_bytes, kKeys, valid, lane);
+        device::wait_copies();
+        device::fence_shared_for_wgmma();  // the next copy into the stage is TMA's
+      }
+      __syncwarp();
+      if (lane == 0) {
+        if (valid == kKeys) {
+          device::barrier_expect(ring.full(), 2 * kKeys * Config::kDk);
+          const int2 place = a.k.batch_and_row(key);
+#pragma unroll
+          for (int c = 0; c < Config::kDk / 64; ++c) {
+            device::copy_box_async(ring.keys() + c * Config::TileK::kBoxBytes, map, ring.full(), 64 * c, place.y, head,
+                                   place.x);
+          }
+        }
+        ring.publish(number, any | (i + 1 >= count ? StageFlags::kLast : 0));
+      } else {
+        device::arrive_in_step(ring.full(), lane);
+      }
+      ring.advance(Config::kProducerWarps);
+    }
+    turn = i - count;
+  }
+}
+
+// dS of a unit's rows, slice by slice: 64 keys of each row, those of its next block. Loads are kDepth - 1 slices ahead
+// of the products, by cp.async: from global memory into registers, ptxas waited for each load where the next was
+// issued. In shared memory [kDepth, 16 rows, 128 bytes], chunk c of row m at c ^ 2 (m & 3).
+//
+// Every row goes through its own list; lanes l and l + 16 keep row l's place in it.
+template <typename Config>
+struct RowSlices {
+  static constexpr int kDepth = Config::kDepth;
+  uint32_t shared;
+  int lane;
+  const uint32_t* places;  // of the row's list
+  bool real;
+  int head;     // of the group
+  int token;    // of the tile
+  int asked;    // slices
+  int used;     // of those multiplied
+  uint32_t at;  // place of the block to be asked for next
+
+  __device__ __forceinline__ RowSlices(uint32_t shared_, int lane_) : shared(shared_), lane(lane_) {}
+
+  __device__ __forceinline__ void start(const BackwardArgs& a, const QueryTile& tile, const Unit& unit) {
+    const QueryTile::Row row = tile.row(unit, lane % 16, a.group);
+    real = row.real;
+    head = row.head - tile.head * a.group;
+    token = real ? row.token - Unit(a.plan.units, tile.first_unit, a.group).first_token : 0;
+    const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? row.token : 0);
+    places = a.index.places + list * a.plan.list_width;
+    asked = used = 0;
+    at = a.plan.list_width > 0 ? __ldg(places) : 0;
+    device::wait_copies();  // of what was asked for behind the end of a short list
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kDepth - 1; ++i) ask(a, real);
+  }
+
+  // Asks for the next slice of the rows that `mine` says.
+  __device__ __forceinline__ void ask(const BackwardArgs& a, bool mine) {
+    const int parts = a.plan.block_size / 64;
+    const bool wanted = mine && asked < a.plan.list_width * parts;
+    const bool second = parts == 2 && asked % 2 == 1;
+    const uint32_t row = at * static_cast<uint32_t>(static_cast<int>(a.group)) + head;
+    const uint32_t slot = asked % kDepth;
+    const unsigned rows = __ballot_sync(device::kFullWarp, wanted);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int m = lane / 8 + 4 * i;
+      const uint32_t from = __shfl_sync(device::kFullWarp, row, m), to = __shfl_sync(device::kFullWarp, slot, m);
+      const bool part = __shfl_sync(device::kFullWarp, second, m);
+      const char* source = a.ds + (from + (part ? a.ds_rows : 0)) * int64_t{128} + 16 * (lane % 8);
+      const uint32_t chunk = (lane % 8) ^ (2 * (m & 3));
+      if (rows >> m & 1) device::copy16_async(shared + to * Config::kSliceBytes + m * 128 + (chunk << 4), source, true);
+    }
+    device::commit_copies();
+    if (wanted) {
+      ++asked;
+      if (asked % parts == 0 && asked / parts < a.plan.list_width) at = __ldg(places + asked / parts);
+    }
+  }
+
+  // The slices of the rows that chose the stage's block, as mma's A operand; zeros for the others.
+  __device__ __forceinline__ void take(const BackwardArgs& a, uint32_t info, uint32_t (&ds)[4][4]) {
+    const bool member = real && device::Visibility<Config>::is_member(info, token);
+    const unsigned members = __ballot_sync(device::kFullWarp, member);
+    device::wait_copies_but<kDepth - 2>();
+    __syncwarp();
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int m = lane / 4 + 8 * r;
+      const uint32_t slot = __shfl_sync(device::kFullWarp, used % kDepth, m);
+      const uint32_t from = shared + slot * Config::kSliceBytes + m * 128 + 8 * (lane % 2);
+      const bool mine = members >> m & 1;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t chunk = (2 * k + lane % 4 / 2) ^ (2 * (m & 3));
+        const int2 pair = device::load_shared_pair(from + (chunk << 4));
+        ds[k][r] = mine ? pair.x : 0;
+        ds[k][2 + r] = mine ? pair.y : 0;
+      }
+    }
+    used += member;
+    ask(a, member);
+  }
+};
+
+// The same where 16 divides G: a unit's rows are one token's, and a slice is 2 KB in one piece.
+template <typename Config>
+struct TokenSlices {
+  static constexpr int kDepth = Config::kDepth;
+  uint32_t to, from;       // this lane's part of the first slot, to fill and to read
+  const char* source;      // of place 0
+  const uint32_t* places;  // of the token's list
+  int wanted;              // slices
+  int asked, used;
+  uint32_t at;
+
+  __device__ __forceinline__ TokenSlices(uint32_t shared, int lane)
+      : to(shared + lane / 8 * 128 + ((lane % 8 ^ 2 * (lane / 8)) << 4)),
+        from(shared + lane / 4 * 128 + 8 * (lane % 2) + ((lane % 4 / 2 ^ 2 * (lane / 4 & 3)) << 4)) {}
+
+  __device__ __forceinline__ void start(const BackwardArgs& a, const QueryTile& tile, const Unit& unit) {
+    const int lane = threadIdx.x % 32;
+    const bool real = unit.real && unit.first_token < unit.end_token;
+    const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? unit.first_token : 0);
+    places = a.index.places + list * a.plan.list_width;
+    wanted = real ? a.plan.list_width * (a.plan.block_size / 64) : 0;
+    source = a.ds + (unit.first_group + lane / 8) * 128 + 16 * (lane % 8);
+    asked = used = 0;
+    at = wanted ? __ldg(places) : 0;
+    device::wait_copies();  // of what was asked for behind the end of a short list
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kDepth - 1; ++i) ask(a);
+  }
+
+  __device__ __forceinline__ void ask(const BackwardArgs& a) {
+    if (asked < wanted) {
+      const bool halves = a.plan.block_size > 64;
+      const char* slice = source + (static_cast<int64_t>(at) * a.group + (halves && asked % 2 ? a.ds_rows : 0)) * 128;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        device::copy16_async(to + asked % kDepth * Config::kSliceBytes + 512 * i, slice + 512 * i, true);
+      ++asked;
+      const int next = halves ? asked / 2 : asked;
+      if (next < a.plan.list_width) at = __ldg(places + next);
+    }
+    device::commit_copies();
+  }
+
+  // By a warp whose token chose the stage's block.
+  __device__ __forceinline__ void take(const BackwardArgs& a, uint32_t, uint32_t (&ds)[4][4]) {
+    device::wait_copies_but<kDepth - 2>();
+    __syncwarp();
+    const uint32_t slice = from + used++ % kDepth * Config::kSliceBytes;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int2 pair = device::load_shared_pair((slice ^ (k << 5)) + 1024 * r);
+        ds[k][r] = pair.x;
+        ds[k][2 + r] = pair.y;
+      }
+    }
+    ask(a);
+  }
+};
+
+template <typename Config>
+__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, const WindowTiles& tiles,
+                                        int warps, const cuda::Divisor& tiles_per_head, int warp, int lane) {
+  using Element = typename Config::Element;
+  std::conditional_t<Config::kWholeTokens, TokenSlices<Config>, RowSlices<Config>> slices(ring.own(warp), lane);
+  const auto start = [&](int t) {
+    const QueryTile tile(tiles.number(t), tiles_per_head, warps);
+    slices.start(a, tile, Unit(a.plan.units, tile.first_unit + warp, a.group));
+  };
   int t = blockIdx.x;
-  pass.load(a, QueryTile(t, tiles_per_head, warps));
-  for (; t < tiles; t += gridDim.x) {
-    device::clear(pass.dq);
-    device::wait_copies();
-    device::fence_shared_for_wgmma();
-    device::sync_warpgroup(warpgroup);
-    device::walk_stages<Config>(ring, warpgroup, lane, pass);
-    const int next = __shfl_sync(device::kFullWarp, t + gridDim.x, 0);  // uniform, or it takes a register
-    if (next < tiles) pass.load(a, QueryTile(next, tiles_per_head, warps));
-    pass.store(a, QueryTile(t, tiles_per_head, warps));
+  if (t < tiles.count) start(t);
+  for (; t < tiles.count; t += gridDim.x) {
+    float dq[Config::kDk / 8][4];
+    device::clear(dq);
+    unsigned flags;
+    do {
+      device::barrier_wait(ring.full(), ring.phase);
+      flags = __shfl_sync(device::kFullWarp, device::load_shared(ring.flags()), 0);
+      if (flags & StageFlags::any(warp)) {
+        uint32_t ds[4][4];
+        slices.take(a, ring.info(), ds);
+        device::multiply<Element, Config::kDk, Config::kKeys, Config::kDk, typename Config::TileK>(dq, ds, ring.keys(),
+                                                                                                   lane);
+      }
+      ring.release(lane);
+    } while (!(flags & StageFlags::kLast));
+    if (t + gridDim.x < tiles.count) start(t + gridDim.x);
+    const QueryTile tile(tiles.number(t), tiles_per_head, warps);
+    const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
+      device::store_row_wide<Element, Config::kDk>(row.real ? a.dq.at(row.token, row.head) : nullptr, row.real, dq, r,
+                                                   a.scale, lane, a.accumulate_dq);
+    }
   }
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ cuda::KeyMaps maps, int stages, int warps,
+    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ CUtensorMap map, int stages, int warps,
            const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   KeyRing<Config> ring(shared, stages);
   if (threadIdx.x == 0) ring.init(device::kWarpArrivals, warps);
   __syncthreads();
+  const WindowTiles tiles(a, warps, tiles_per_head);
   if (warp >= warps) {
-    device::give_registers<Config::kProducerRegisters>();
-    if (warp > warps) return;
-    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, a.num_heads_k, lane}.run(ring);
+    if constexpr (Config::kProducerWarps == 4) device::give_registers<Config::kProducerRegisters>();
+    produce<Config>(a, &map, ring, tiles, warp - warps, lane);
   } else {
-    device::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(a, ring, warps, tiles_per_head, warp, lane);
+    if constexpr (Config::kProducerWarps == 4) device::take_registers<Config::kConsumerRegisters>();
+    consume<Config>(a, ring, tiles, warps, tiles_per_head, warp, lane);
   }
 }
 

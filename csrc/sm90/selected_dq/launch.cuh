@@ -6,17 +6,28 @@
 namespace nsa::sm90::selected_dq {
 
 template <typename Config>
+Status launch_config(const cuda::BackwardArgs& args, const cuda::Launch& device) {
+  constexpr const char* kWhat = "selected attention dq";
+  CUtensorMap map;
+  const Status status =
+      cuda::make_tensor_map(kWhat, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, Config::kKeys, &map);
+  if (!status.ok()) return status;
+  return cuda::launch_query_tiles<Config>(kWhat, kernel<Config>, args, device, Config::kMaxWarps, map);
+}
+
+template <typename Element, int kDk, int kDv>
 Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_tma_query_tiles<Config>("selected attention dq", kernel<Config>, args, device);
+  return args.group % 16 == 0 ? launch_config<Config<Element, kDk, kDv, true>>(args, device)
+                              : launch_config<Config<Element, kDk, kDv, false>>(args, device);
 }
 
 }  // namespace nsa::sm90::selected_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                           \
-  namespace nsa::cuda {                                             \
-  Status name(const BackwardArgs& args, const Launch& device) {     \
-    using namespace sm90::selected_dq;                              \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device); \
-  }                                                                 \
+#define NSA_INSTANCE(name, dtype, dk, dv)                       \
+  namespace nsa::cuda {                                         \
+  Status name(const BackwardArgs& args, const Launch& device) { \
+    using namespace sm90::selected_dq;                          \
+    return launch<ElementOf_##dtype, dk, dv>(args, device);     \
+  }                                                             \
   }
