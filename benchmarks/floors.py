@@ -2,16 +2,17 @@
 
 The largest of three times, each an amount over a rate:
 
-              arithmetic              through L2                          through memory
-    forward   2 (Dk + Dv) pairs       unions                              q, k, v, o, lse, lists once
-    backward  2 (4 Dk + 3 Dv) pairs   unions + Q and dO of the entries    q, k, v, o, dO and gradients once
+                          arithmetic             through L2                  through memory
+    forward               2 (Dk + Dv) pairs      K, V of unions              q, k, v, o, lse, lists once
+    backward, dS kept     2 (3 Dk + 2 Dv) pairs  K of unions + rows + 2 dS   q, k, v, o, dO, gradients once, dS twice
+    ... computed again    2 (4 Dk + 3 Dv) pairs  K, V of unions + rows       q, k, v, o, dO, gradients once
 
-pairs: visible (query head, key) pairs. The GPU's backward is two passes (dQ over the queries' lists; dK, dV over the
-blocks' lists), each with its own scores and dP. One pass, 2 (3 Dk + 2 Dv), is the useful work that TFLOP/s are quoted
-in, and the CPU's floor.
+pairs: visible (query head, key) pairs. dQ goes over the queries' lists, dK and dV over the blocks' lists. So either dS,
+two bytes a pair, is written and read, or both compute it; the backward's floor is the smaller of the two. The CPU's one
+pass over tiles of queries needs neither. 2 (3 Dk + 2 Dv) is the useful work that TFLOP/s are quoted in.
 
-unions: K/V bytes when a tile of max(16, 64 / G) consecutive queries loads every block that any of them chose once.
-Q and dO of the entries: the dK, dV pass gathers, for every entry of every list, the rows of G heads.
+unions: what a tile of max(16, 192 / G) consecutive queries loads when it loads once every block that any of them chose.
+rows: for every entry of every list the pass over blocks gathers the Q and dO of G heads.
 
 Rates of an H100 and H200 were measured with micro-benchmarks (docs/performance.md); on other devices the tensor and
 memory rates are measured here in a second, by a matrix product and a copy, and the L2 term is left out.
@@ -82,7 +83,7 @@ class Work:
 def work_of(block_indices: Tensor, shape: Shape, limits: Limits) -> Work:
     pairs = visible_pairs(block_indices, shape)
     blocks = -(-shape.seqlen // shape.block_size)
-    tile = max(16, 64 // shape.group)
+    tile = max(16, 192 // shape.group)
     dims = shape.dim_qk + shape.dim_v
     on_gpu = block_indices.device.type == "cuda"
 
@@ -100,12 +101,15 @@ def work_of(block_indices: Tensor, shape: Shape, limits: Limits) -> Work:
 
     forward_flops = 2 * dims * pairs
     backward_flops = 2 * (3 * shape.dim_qk + 2 * shape.dim_v) * pairs
-    executed_backward = 2 * (4 * shape.dim_qk + 3 * shape.dim_v) * pairs if on_gpu else backward_flops
+    again_flops = 2 * (4 * shape.dim_qk + 3 * shape.dim_v) * pairs
+    ds_bytes = 2 * pairs * shape.element_bytes if on_gpu else 0
     forward = [forward_flops / limits.flops, once / limits.memory_bytes]
-    backward = [executed_backward / limits.flops, twice / limits.memory_bytes]
+    kept = [backward_flops / limits.flops, (twice + ds_bytes) / limits.memory_bytes]
+    again = [again_flops / limits.flops, twice / limits.memory_bytes]
     if limits.l2_bytes:
         forward.append(union_bytes / limits.l2_bytes)
-        backward.append((union_bytes + q_gather) / limits.l2_bytes)
+        kept.append((union_bytes * shape.dim_qk / dims + q_gather + ds_bytes) / limits.l2_bytes)
+        again.append((union_bytes + q_gather) / limits.l2_bytes)
     return Work(
         pairs=pairs,
         union_4=mean_union(block_indices, 4, blocks),
@@ -115,7 +119,7 @@ def work_of(block_indices: Tensor, shape: Shape, limits: Limits) -> Work:
         forward_gather_bytes=kv_gather,
         backward_gather_bytes=kv_gather + q_gather,
         forward_floor_ms=1e3 * max(forward),
-        backward_floor_ms=1e3 * max(backward),
+        backward_floor_ms=1e3 * min(max(kept), max(again)),
     )
 
 
