@@ -13,6 +13,16 @@ namespace nsa::cuda {
 using ElementOf_bfloat16 = __nv_bfloat16;
 using ElementOf_float16 = __half;
 
+// The function that launches one compiled kernel, of the folder with this namespace. What follows the namespace is what
+// it calls.
+#define NSA_DEFINE_INSTANCE(name, Args, folder, ...)    \
+  namespace nsa::cuda {                                 \
+  Status name(const Args& args, const Launch& device) { \
+    using namespace folder;                             \
+    return __VA_ARGS__(args, device);                   \
+  }                                                     \
+  }
+
 template <typename Kernel, typename... Args>
 Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                      const Args&... args) {

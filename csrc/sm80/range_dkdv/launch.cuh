@@ -16,10 +16,5 @@ Status launch(const cuda::RangeBackwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm80::range_dkdv
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                            \
-  namespace nsa::cuda {                                              \
-  Status name(const RangeBackwardArgs& args, const Launch& device) { \
-    using namespace sm80::range_dkdv;                                \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device);  \
-  }                                                                  \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, RangeBackwardArgs, sm80::range_dkdv, launch<Config<ElementOf_##dtype, dk, dv>>)

@@ -15,10 +15,5 @@ Status launch(const cuda::RangeForwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm80::range_forward
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                           \
-  namespace nsa::cuda {                                             \
-  Status name(const RangeForwardArgs& args, const Launch& device) { \
-    using namespace sm80::range_forward;                            \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device); \
-  }                                                                 \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, RangeForwardArgs, sm80::range_forward, launch<Config<ElementOf_##dtype, dk, dv>>)

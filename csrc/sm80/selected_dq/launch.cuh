@@ -14,10 +14,5 @@ Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm80::selected_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                           \
-  namespace nsa::cuda {                                             \
-  Status name(const BackwardArgs& args, const Launch& device) {     \
-    using namespace sm80::selected_dq;                              \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device); \
-  }                                                                 \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm80::selected_dq, launch<Config<ElementOf_##dtype, dk, dv>>)

@@ -28,10 +28,5 @@ Status launch(const cuda::RangeBackwardArgs& a, const cuda::Launch& device) {
 }  // namespace nsa::sm90::range_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                            \
-  namespace nsa::cuda {                                              \
-  Status name(const RangeBackwardArgs& args, const Launch& device) { \
-    using namespace sm90::range_dq;                                  \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device);  \
-  }                                                                  \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, RangeBackwardArgs, sm90::range_dq, launch<Config<ElementOf_##dtype, dk, dv>>)

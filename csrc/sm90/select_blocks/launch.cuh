@@ -23,10 +23,5 @@ Status launch(const cuda::SelectionArgs& a, const cuda::Launch& device) {
 }  // namespace nsa::sm90::select_blocks
 
 // One compiled kernel; lines of instances.cmake become files that use this. Dv takes no part.
-#define NSA_INSTANCE(name, dtype, dk, dv)                        \
-  namespace nsa::cuda {                                          \
-  Status name(const SelectionArgs& args, const Launch& device) { \
-    using namespace sm90::select_blocks;                         \
-    return launch<Config<ElementOf_##dtype, dk>>(args, device);  \
-  }                                                              \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, SelectionArgs, sm90::select_blocks, launch<Config<ElementOf_##dtype, dk>>)

@@ -24,10 +24,5 @@ Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm90::selected_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                       \
-  namespace nsa::cuda {                                         \
-  Status name(const BackwardArgs& args, const Launch& device) { \
-    using namespace sm90::selected_dq;                          \
-    return launch<ElementOf_##dtype, dk, dv>(args, device);     \
-  }                                                             \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm90::selected_dq, launch<ElementOf_##dtype, dk, dv>)

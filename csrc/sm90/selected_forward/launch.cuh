@@ -13,10 +13,5 @@ Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm90::selected_forward
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv)                           \
-  namespace nsa::cuda {                                             \
-  Status name(const ForwardArgs& args, const Launch& device) {      \
-    using namespace sm90::selected_forward;                         \
-    return launch<Config<ElementOf_##dtype, dk, dv>>(args, device); \
-  }                                                                 \
-  }
+#define NSA_INSTANCE(name, dtype, dk, dv) \
+  NSA_DEFINE_INSTANCE(name, ForwardArgs, sm90::selected_forward, launch<Config<ElementOf_##dtype, dk, dv>>)
