@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int 
 
 // From the sums of all windows.
 template <typename Element>
-__global__ void __launch_bounds__(256) store_all_sums(BackwardArgs a, int dk, int dv) {
+__global__ void __launch_bounds__(256) round_all_sums(BackwardArgs a, int dk, int dv) {
   const int dims = dk + dv;
   const int64_t count = static_cast<int64_t>(a.plan.total_k) * a.num_heads_k * dims;
   for (int64_t i = 4 * (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x); i < count;
@@ -168,11 +168,8 @@ Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaS
   if (args.index.max_partials == 0 || !(args.dk.data || args.dv.data)) return {};
   // of many lists only a few are split
   const int parts = args.plan.block_size < 64 ? 2 : args.index.window_lists > 16384 ? 1 : 8;
-  const dim3 grid(args.index.window_lists, parts);
-  if (dtype == Dtype::kBFloat16)
-    sum_partials<__nv_bfloat16><<<grid, 256, 0, stream>>>(args, dk, dv);
-  else
-    sum_partials<__half><<<grid, 256, 0, stream>>>(args, dk, dv);
+  auto* kernel = dtype == Dtype::kBFloat16 ? sum_partials<__nv_bfloat16> : sum_partials<__half>;
+  kernel<<<dim3(args.index.window_lists, parts), 256, 0, stream>>>(args, dk, dv);
   return cuda_status(cudaGetLastError(), "selected attention backward: adding partial tiles");
 }
 
@@ -182,11 +179,9 @@ Status clear_sums(const BackwardArgs& args, int dk, int dv, cudaStream_t stream)
                      "selected attention backward: clearing the sums of all windows");
 }
 
-Status store_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
-  if (dtype == Dtype::kBFloat16)
-    store_all_sums<__nv_bfloat16><<<1056, 256, 0, stream>>>(args, dk, dv);
-  else
-    store_all_sums<__half><<<1056, 256, 0, stream>>>(args, dk, dv);
+Status round_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
+  auto* kernel = dtype == Dtype::kBFloat16 ? round_all_sums<__nv_bfloat16> : round_all_sums<__half>;
+  kernel<<<8 * 132, 256, 0, stream>>>(args, dk, dv);  // all that an H100 holds at a time
   return cuda_status(cudaGetLastError(), "selected attention backward: rounding the sums of all windows");
 }
 

@@ -185,21 +185,20 @@ struct BackwardKernels {
 };
 
 Status find_kernels(const SelectedAttentionProblem& p, const Gpu& gpu, BackwardKernels* kernels) {
-  const auto find_both = [&](Backend backend) {
-    const KernelRequest request = {backend, p.dtype, p.head_dim_qk, p.head_dim_v};
-    const bool uses_sm90 = backend != Backend::kSm80 && backward_uses_sm90(p);
+  const KernelRequest request = {p.backend, p.dtype, p.head_dim_qk, p.head_dim_v};
+  const auto find_both = [&](bool uses_sm90) {
     const Status status = find_kernel(request, gpu, Operation::selected_dkdv, uses_sm90, &kernels->dkdv);
     return status.ok() ? find_kernel(request, gpu, Operation::selected_dq, uses_sm90, &kernels->dq) : status;
   };
-  const Status status = find_both(p.backend);
+  const Status status = find_both(backward_uses_sm90(p));
   // a build that holds one of the Hopper kernels only
-  return status.ok() && kernels->dq->family != kernels->dkdv->family ? find_both(Backend::kSm80) : status;
+  return status.ok() && kernels->dq->family != kernels->dkdv->family ? find_both(false) : status;
 }
 
 // dS of a window takes at most 1 GiB, or as much as kMinWindow q rows or the kMaxWindows-th part of all need: in more
-// windows a block's list of a window would have less than S l' / 16 entries, 64 of usual sizes. At 64K
-// tokens (64 / 4 heads, 16 blocks of 64) that is 8192 rows; backward in ms, uniform / clustered: all at once (8.6
-// GB) 21.1 / 18.9, 16384 rows 22.0 / 19.3, 8192 21.5 / 19.2, 4096 22.4 / 19.8, 2048 28.6 / 23.9.
+// windows a block's list of a window would have less than S l' / 16 entries, 64 of usual sizes. At 64K tokens (64 / 4
+// heads, 16 blocks of 64) that is 8192 rows; backward in ms, uniform / clustered: all at once (8.6 GB) 21.1 / 18.9,
+// 16384 rows 22.0 / 19.3, 8192 21.5 / 19.2, 4096 22.4 / 19.8, 2048 28.6 / 23.9.
 constexpr int64_t kMaxDsBytes = int64_t{1} << 30;
 constexpr int64_t kMinWindow = 256, kMaxWindows = 16;
 
@@ -260,7 +259,7 @@ Status run_windows(const SelectedAttentionBackward& args, const Gpu& gpu, const 
     }
     if (status.ok() && a.ds && a.plan.total_q > 0) status = kernels.dq->backward(a, gpu.launch);
   }
-  if (status.ok() && a.sums) status = store_sums(p.dtype, a, dk, dv, args.stream);
+  if (status.ok() && a.sums) status = round_sums(p.dtype, a, dk, dv, args.stream);
   return status;
 }
 

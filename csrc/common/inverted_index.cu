@@ -139,8 +139,7 @@ Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k,
   Scratch s = carve_scratch(index.num_lists, entries, inside);
   int64_t* list_begin = const_cast<int64_t*>(index.list_begin);
   auto* values = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(index.rows));  // until they become rows
-  const int64_t wanted = (entries + 255) / 256;
-  const auto grid = static_cast<unsigned>(wanted < 65536 ? wanted : 65536);
+  const int grid = grid_size(entries, 256);
   cudaError_t error = cudaSuccess;
   if (entries > 0) {
     make_pairs<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_in, s.values_in);

@@ -98,7 +98,7 @@ Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_h
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 // args.sums to zeros, and at the end dK and dV from them.
 Status clear_sums(const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
-Status store_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
+Status round_sums(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream);
 Status clear_dead_keys(const SelectedAttentionProblem& problem, const BackwardArgs& args, cudaStream_t stream);
 
 }  // namespace nsa::cuda

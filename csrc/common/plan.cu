@@ -230,11 +230,6 @@ __global__ void make_last_keys(ListArgs a, Plan plan) {
   if (row < plan.total_q) a.last_key[row] = place_row(a, row, plan.block_size).last_key;
 }
 
-int grid_size(int64_t threads, int per_block) {
-  const int64_t blocks = (threads + per_block - 1) / per_block;
-  return static_cast<int>(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
-}
-
 }  // namespace
 
 Plan carve_plan(const SelectedAttentionProblem& p, Carver& carver, int unit_alignment) {

@@ -65,6 +65,12 @@ struct TileUnions {
   bool in_order;        // all entries at the front
 };
 
+// CTAs of a kernel whose threads stride over their work.
+inline int grid_size(int64_t threads, int per_block) {
+  const int64_t blocks = (threads + per_block - 1) / per_block;
+  return static_cast<int>(blocks < 1 ? 1 : blocks > 65536 ? 65536 : blocks);
+}
+
 struct TileSize {
   int warps, keys;  // units of 16 rows, keys a stage
 };

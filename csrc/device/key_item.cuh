@@ -21,8 +21,8 @@ struct Item {
 // Which of the window's lists holds work item `item`: a search with 32 probes a round, the same in every warp. -1:
 // there is no such item.
 __device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsigned item, int lane) {
-  int low = index.first_list(),
-      high = low + index.window_lists;  // the last list with work_begin <= item, in [low, high)
+  // the last list with work_begin <= item, in [low, high)
+  int low = index.first_list(), high = low + index.window_lists;
   if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
   while (high - low > 1) {
     const int step = (high - low + 31) / 32;

@@ -29,7 +29,7 @@ struct TmaProducer {
   const cuda::TileUnions& unions;
   const cuda::TensorArg &k, &v;
   const cuda::KeyMaps& maps;
-  int num_heads_k, lane;
+  int lane;
 
   // `part` keys from k row `key` on, `valid` of them real, into rows `row` .. of the stage.
   __device__ __forceinline__ void load(const KeyRing<Shape>& ring, int head, int key, int row, int part,
@@ -104,19 +104,13 @@ struct TmaProducer {
   }
 
   // A CTA takes every gridDim.x-th tile, one kv head after the other: its K and V stay in the L2.
-  template <typename Tiles>
-  __device__ __forceinline__ void run(KeyRing<Shape>& ring, const Tiles& tiles) const {
+  __device__ __forceinline__ void run(KeyRing<Shape>& ring, int tiles) const {
     if (lane == 0) {
       prefetch_map(&maps.k);
       prefetch_map(&maps.v);
     }
-    for (int i = blockIdx.x; i < tiles.count; i += gridDim.x) tile_stages(ring, tiles.number(i));
+    for (int t = blockIdx.x; t < tiles; t += gridDim.x) tile_stages(ring, t);
   }
-};
-
-struct AllTiles {
-  int count;
-  __device__ __forceinline__ int number(int i) const { return i; }
 };
 
 }  // namespace nsa::device

@@ -53,10 +53,10 @@ struct Config {
   static constexpr int kBlock = 1024;
   static constexpr int kValues = 2 * kKeys * kDk;
   static constexpr int kStages = kBlock + kValues + 2 * kKeys * kDv;
-  // A warpgroup gives a stage back when its next one is there, so each has two.
   static constexpr int stages_of(int shared_bytes) {  // an SM has 1 KB more, and every CTA takes one
     return ((shared_bytes + 1024) / kCtas - 1024 - kStages) / kStageBytes;
   }
+  // A warpgroup gives a stage back when its next one is there, so each has two.
   static_assert(stages_of(227 * 1024) >= 2 * kWarpgroups / kReaders);
   static int num_stages(int shared_bytes) {
     const int stages = stages_of(shared_bytes);

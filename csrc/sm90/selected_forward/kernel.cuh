@@ -121,8 +121,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (warp >= warps) {
     device::give_registers<Config::kProducerRegisters>();
     if (warp > warps) return;
-    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, a.num_heads_k, lane}.run(
-        ring, device::AllTiles{tiles_per_head * a.num_heads_k});
+    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, lane}.run(ring, tiles_per_head * a.num_heads_k);
   } else {
     device::take_registers<Config::kConsumerRegisters>();
     consume<Config>(a, ring, warps, tiles_per_head, warp, lane);
