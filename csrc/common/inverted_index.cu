@@ -88,9 +88,11 @@ __global__ void place_entries(Plan plan, InvertedIndex index, int64_t entries, c
     values[i] = entry / plan.list_width;
     if (!places || keys[i] >= static_cast<uint32_t>(index.num_lists)) continue;
     index.window = static_cast<int>(keys[i]) / index.window_lists;
-    const int head = (static_cast<int>(keys[i]) - index.first_list()) / plan.num_blocks;
+    const int list = static_cast<int>(keys[i]) - index.first_list(), head = list / plan.num_blocks;
+    const bool halves = plan.blocks[list - head * plan.num_blocks].y > 64;
     places[head * per_head + entry] =
-        static_cast<uint32_t>(i - index.list_begin[index.first_list()] + index.first_place());
+        static_cast<uint32_t>(i - index.list_begin[index.first_list()] + index.first_place()) |
+        (halves ? InvertedIndex::kTwoHalves : 0);
   }
 }
 
@@ -151,7 +153,7 @@ Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k,
   find_lists<<<(threads + 255) / 256, 256, 0, stream>>>(s.keys_out, entries, index.num_lists, list_begin);
   if (entries > 0) {
     if (index.places) {
-      error = cudaMemsetAsync(const_cast<uint32_t*>(index.places), 0, entries * sizeof(uint32_t), stream);
+      error = cudaMemsetAsync(const_cast<uint32_t*>(index.places), 0xff, entries * sizeof(uint32_t), stream);
       if (error != cudaSuccess) return cuda_status(error, "selected attention backward: clearing places");
     }
     place_entries<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_out, values,

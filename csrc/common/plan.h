@@ -120,8 +120,10 @@ struct InvertedIndex {
   const int64_t* list_begin;   // [num_lists + 1] where a list starts in rows
   const uint64_t* work_begin;  // [num_lists + 1]
   // [Hkv, total_q, S], null: not wanted. Where an entry of the lists stands among those of its window; with two buffers
-  // every second window counts from buffer_entries on. Of no meaning where the list has no such entry, but in range.
+  // every second window counts from buffer_entries on. kTwoHalves: its block has more than 64 keys. kNoPlace: the list
+  // has no such entry.
   const uint32_t* places;
+  static constexpr uint32_t kNoPlace = ~0u, kTwoHalves = 1u << 31;
   int64_t buffer_entries;
   int num_lists, window_lists;  // of all windows, of one
   Windows windows;

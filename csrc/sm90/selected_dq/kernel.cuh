@@ -17,6 +17,8 @@ using device::QueryTile;
 using device::StageFlags;
 using device::Unit;
 
+constexpr uint32_t kNoPlace = cuda::InvertedIndex::kNoPlace, kTwoHalves = cuda::InvertedIndex::kTwoHalves;
+
 // The tiles of a window: those whose last token lies in it, of every kv head.
 struct WindowTiles {
   int first, per_window, per_head;
@@ -117,7 +119,9 @@ struct RowSlices {
   int token;    // of the tile
   int asked;    // slices
   int used;     // of those multiplied
-  uint32_t at;  // place of the block to be asked for next
+  int entry;    // of the list, to be asked for next
+  bool second;  // its second 64 keys are
+  uint32_t at;  // its place
 
   __device__ __forceinline__ RowSlices(uint32_t shared_, int lane_) : shared(shared_), lane(lane_) {}
 
@@ -128,20 +132,18 @@ struct RowSlices {
     token = real ? row.token - Unit(a.plan.units, tile.first_unit, a.group).first_token : 0;
     const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? row.token : 0);
     places = a.index.places + list * a.plan.list_width;
-    asked = used = 0;
-    at = a.plan.list_width > 0 ? __ldg(places) : 0;
-    device::wait_copies();  // of what was asked for behind the end of a short list
-    __syncwarp();
+    asked = used = entry = 0;
+    second = false;
+    at = real && a.plan.list_width > 0 ? __ldg(places) : kNoPlace;
+    __syncwarp();  // every lane is done with the last tile's slices
 #pragma unroll
-    for (int i = 0; i < kDepth - 1; ++i) ask(a, real);
+    for (int i = 0; i < kDepth - 1; ++i) ask(a, true);
   }
 
   // Asks for the next slice of the rows that `mine` says.
   __device__ __forceinline__ void ask(const BackwardArgs& a, bool mine) {
-    const int parts = a.plan.block_size / 64;
-    const bool wanted = mine && asked < a.plan.list_width * parts;
-    const bool second = parts == 2 && asked % 2 == 1;
-    const uint32_t row = at * static_cast<uint32_t>(static_cast<int>(a.group)) + head;
+    const bool wanted = mine && at != kNoPlace;
+    const uint32_t row = (at & ~kTwoHalves) * static_cast<uint32_t>(static_cast<int>(a.group)) + head;
     const uint32_t slot = asked % kDepth;
     const unsigned rows = __ballot_sync(device::kFullWarp, wanted);
 #pragma unroll
@@ -156,7 +158,8 @@ struct RowSlices {
     device::commit_copies();
     if (wanted) {
       ++asked;
-      if (asked % parts == 0 && asked / parts < a.plan.list_width) at = __ldg(places + asked / parts);
+      second = !second && (at & kTwoHalves);
+      if (!second) at = ++entry < a.plan.list_width ? __ldg(places + entry) : kNoPlace;
     }
   }
 
@@ -192,8 +195,8 @@ struct TokenSlices {
   uint32_t to, from;       // this lane's part of the first slot, to fill and to read
   const char* source;      // of place 0
   const uint32_t* places;  // of the token's list
-  int wanted;              // slices
-  int asked, used;
+  int asked, used, entry;
+  bool second;
   uint32_t at;
 
   __device__ __forceinline__ TokenSlices(uint32_t shared, int lane)
@@ -205,26 +208,24 @@ struct TokenSlices {
     const bool real = unit.real && unit.first_token < unit.end_token;
     const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? unit.first_token : 0);
     places = a.index.places + list * a.plan.list_width;
-    wanted = real ? a.plan.list_width * (a.plan.block_size / 64) : 0;
     source = a.ds + (unit.first_group + lane / 8) * 128 + 16 * (lane % 8);
-    asked = used = 0;
-    at = wanted ? __ldg(places) : 0;
-    device::wait_copies();  // of what was asked for behind the end of a short list
+    asked = used = entry = 0;
+    second = false;
+    at = real && a.plan.list_width > 0 ? __ldg(places) : kNoPlace;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kDepth - 1; ++i) ask(a);
   }
 
   __device__ __forceinline__ void ask(const BackwardArgs& a) {
-    if (asked < wanted) {
-      const bool halves = a.plan.block_size > 64;
-      const char* slice = source + (static_cast<int64_t>(at) * a.group + (halves && asked % 2 ? a.ds_rows : 0)) * 128;
+    if (at != kNoPlace) {
+      const char* slice = source + (static_cast<int64_t>(at & ~kTwoHalves) * a.group + (second ? a.ds_rows : 0)) * 128;
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         device::copy16_async(to + asked % kDepth * Config::kSliceBytes + 512 * i, slice + 512 * i, true);
       ++asked;
-      const int next = halves ? asked / 2 : asked;
-      if (next < a.plan.list_width) at = __ldg(places + next);
+      second = !second && (at & kTwoHalves);
+      if (!second) at = ++entry < a.plan.list_width ? __ldg(places + entry) : kNoPlace;
     }
     device::commit_copies();
   }
