@@ -36,28 +36,23 @@ Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, i
 
 // A kernel over query tiles (device/query_tile.cuh) with `warps` consumers: as many stages as fit, and a CTA per SM, or
 // per tile where those are fewer.
-template <typename Config, typename Kernel, typename Args, typename... More>
-Status launch_query_tiles(const char* what, Kernel* kernel, const Args& args, const Launch& device, int warps,
-                          const More&... more) {
+template <typename Config, typename Kernel, typename Args>
+Status launch_query_tiles(const char* what, Kernel* kernel, const Args& args, const Launch& device, int warps) {
   const int stages = Config::num_stages(device.shared_memory, warps);
   const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
   const int tiles = per_head * args.num_heads_k;
   return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms),
                        32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps), device.stream, args,
-                       more..., stages, warps, per_head);
+                       stages, warps, per_head);
 }
 
-// The same for a kernel that loads K and V by TMA.
-template <typename Config, typename Kernel, typename Args>
-Status launch_tma_query_tiles(const char* what, Kernel* kernel, const Args& args, const Launch& device) {
-  KeyMaps maps;
-  const int rows = args.plan.block_size < Config::kKeys ? args.plan.block_size : Config::kKeys;
-  Status status = make_tensor_map(what, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, rows, &maps.k);
-  if (status.ok()) {
-    status = make_tensor_map(what, args.v, args.plan.total_k, args.num_heads_k, Config::kDv, rows, &maps.v);
-  }
-  if (!status.ok()) return status;
-  return launch_query_tiles<Config>(what, kernel, args, device, Config::kMaxWarps, maps);
+// The same for one with a ring of blocks (device/block_ring.cuh). maps: what it loads by TMA.
+template <typename Config, typename Kernel, typename Args, typename Maps>
+Status launch_block_ring(const char* what, Kernel* kernel, const Args& args, const Launch& device, const Maps& maps) {
+  const Divisor per_head = (args.plan.units.max_units + Config::kMaxWarps - 1) / Config::kMaxWarps;
+  const int tiles = per_head * args.num_heads_k;
+  return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms), Config::kThreads,
+                       Config::kUsedBytes, device.stream, args, maps, per_head);
 }
 
 }  // namespace nsa::cuda

@@ -152,14 +152,6 @@ struct KeyRing {
       phase ^= 1;
     }
   }
-  // By several producers that take turns; at most a lap.
-  __device__ __forceinline__ void advance(int by) {
-    stage += by;
-    if (stage >= stages) {
-      stage -= stages;
-      phase ^= 1;
-    }
-  }
   // By consumers: the tile that the next stage belongs to, -1 after the last one.
   __device__ __forceinline__ int wait_tile() const {
     barrier_wait(full(), phase);
@@ -279,15 +271,20 @@ struct Visibility {
   int seen[2];
   static constexpr int kAll = 0x10101010u >> (32 - 8 * Shape::kParts);
 
-  __device__ __forceinline__ Visibility(const KeyRing<Shape>& ring, int warp, int lane)
-      : places(ring.shared + 8 * (16 * warp + lane / 4)) {}
+  __device__ __forceinline__ Visibility(uint32_t shared, int warp, int lane)
+      : places(shared + 8 * (16 * warp + lane / 4)) {}
 
-  // first_token: of the tile
-  __device__ __forceinline__ void set_row(int r, const QueryTile::Row& row, int first_token,
-                                          const cuda::Plan& plan) const {
-    if ((threadIdx.x & 3) == 0) {
-      store_shared(places + 64 * r, row.real ? row.token - first_token : 0);
-      store_shared(places + 64 * r + 4, row.real ? __ldg(plan.last_key + row.token) : -1);
+  // What set_rows() wants to know of row lane % 16 of the warp's unit; first_token: of the tile.
+  static __device__ __forceinline__ int2 row_place(const QueryTile& tile, const Unit& unit, int first_token,
+                                                   const cuda::Plan& plan, const cuda::Divisor& group, int lane) {
+    const QueryTile::Row row = tile.row(unit, lane % 16, group);
+    return row.real ? int2{row.token - first_token, __ldg(plan.last_key + row.token)} : int2{0, -1};
+  }
+  __device__ __forceinline__ void set_rows(int2 place, int lane) const {
+    if (lane < 16) {
+      const uint32_t to = places + 8 * (lane - lane / 4);
+      store_shared(to, place.x);
+      store_shared(to + 4, place.y);
     }
     __syncwarp();
   }

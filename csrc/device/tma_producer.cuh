@@ -1,8 +1,10 @@
-// The producer of the Hopper kernels over query tiles: one warp reads the union of a tile's lists (cuda::TileUnions)
-// and loads each block by TMA into a ring of stages.
+// The producers of the Hopper kernels over query tiles: warps that read the union of a tile's lists (cuda::TileUnions)
+// and load its blocks by TMA into a ring, one each in turn. One warp alone takes 800 to 1000 cycles a block, nearly all
+// of it latency: with it the uniform forward took 13.6 ms at 64K tokens, with two or four 12.25.
 #pragma once
 
 #include "common/tensor_map.h"
+#include "device/block_ring.cuh"
 #include "device/tile_union.cuh"
 #include "device/wgmma.cuh"
 
@@ -24,92 +26,87 @@ __device__ __forceinline__ void copy_partial(uint32_t tile, const char* source, 
   }
 }
 
+// `part` rows from k row `key` on, `valid` of them real, into a stage; by one warp. The bytes of TMA count towards
+// `full`.
+template <typename TileOfStage>
+__device__ __forceinline__ void load_rows_async(uint32_t to, const cuda::TensorArg& from, const CUtensorMap* map,
+                                                uint32_t full, int head, int key, int part, int valid, int lane) {
+  if (valid == part) {
+    if (lane != 0) return;
+    barrier_expect(full, 16 * part * TileOfStage::kChunks);
+    const int2 place = from.batch_and_row(key);
+#pragma unroll 1
+    for (int c = 0; c < TileOfStage::kChunks / 8; ++c)
+      copy_box_async(to + c * TileOfStage::kBoxBytes, map, full, 64 * c, place.y, head, place.x);
+    return;
+  }
+  // The end of a sequence: what lies behind it belongs to somebody else.
+  copy_partial<TileOfStage>(to, from.at(key, head), from.row_bytes, part, valid, lane);
+  wait_copies();
+  fence_shared_for_wgmma();
+  __syncwarp();
+}
+
 template <typename Shape>
 struct TmaProducer {
   const cuda::TileUnions& unions;
   const cuda::TensorArg &k, &v;
-  const cuda::KeyMaps& maps;
+  const CUtensorMap *k_map, *v_map;  // v's aren't used where the ring has no values
   int lane;
 
-  // `part` keys from k row `key` on, `valid` of them real, into rows `row` .. of the stage.
-  __device__ __forceinline__ void load(const KeyRing<Shape>& ring, int head, int key, int row, int part,
-                                       int valid) const {
-    const uint32_t keys = ring.keys() + row * 128, values = ring.values() + row * 128;
-    if (valid == part) {
-      if (lane != 0) return;
-      barrier_expect(ring.full(), 2 * part * (Shape::kDk + Shape::kDv));
-      const int2 k_place = k.batch_and_row(key), v_place = v.batch_and_row(key);
-#pragma unroll 1
-      for (int c = 0; c < Shape::kDk / 64; ++c)
-        copy_box_async(keys + c * Shape::TileK::kBoxBytes, &maps.k, ring.full(), 64 * c, k_place.y, head, k_place.x);
-#pragma unroll 1
-      for (int c = 0; c < Shape::kDv / 64; ++c)
-        copy_box_async(values + c * Shape::TileV::kBoxBytes, &maps.v, ring.full(), 64 * c, v_place.y, head, v_place.x);
-      return;
-    }
-    // The end of a sequence: what lies behind it belongs to somebody else.
-    copy_partial<typename Shape::TileK>(keys, k.at(key, head), k.row_bytes, part, valid, lane);
-    copy_partial<typename Shape::TileV>(values, v.at(key, head), v.row_bytes, part, valid, lane);
-    wait_copies();
-    fence_shared_for_wgmma();
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ void tile_stages(KeyRing<Shape>& ring, int number) const {
+  // The stages of a tile from the turn-th on, one of kProducers; returns by how much the last step went past them.
+  __device__ __forceinline__ int tile_stages(BlockRing<Shape>& ring, int number, int turn) const {
     const int head = number / unions.tiles_per_head;
     const int parts = Shape::kKeys / unions.part;  // blocks a stage
     const int2 counts = __ldg(unions.counts + number);
-    const int count = counts.x + counts.y;
-    if (count == 0) {  // a tile without rows: consumers count tiles as the producer does
-      barrier_wait(ring.empty(), ring.phase ^ 1);
-      if (lane == 0)
-        ring.publish(number, StageFlags::kLast);
-      else
-        arrive_in_step(ring.full(), lane);
-      ring.advance();
-      return;
-    }
+    // One stage in any case: consumers count tiles as the producers do.
+    const int count = counts.x + counts.y, stages = max((count + parts - 1) / parts, 1);
     const int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words + lane;
     // This lane's word of an entry; zeros behind the last one.
     const auto read = [&](int i) {
       const int place = i < counts.x ? i : unions.capacity - 1 - (i - counts.x);
       return i < count && lane < unions.words ? __ldg(entries + static_cast<int64_t>(place) * unions.words) : 0;
     };
-    int ahead[2] = {read(0), read(1)};  // two entries: what the cache needs to answer
-    for (int i = 0; i < count;) {
+    int stage = turn, ahead = read(stage * parts);
+    for (; stage < stages; stage += Shape::kProducers) {
+      const uint32_t full = ring.full(ring.key_stage), keys = ring.keys(ring.key_stage);
+      const uint32_t values = ring.values(ring.value_stage), info = ring.info(ring.value_stage);
       unsigned any = 0, all = ~0u;
-      for (int p = 0; p < parts; ++p, ++i) {
-        const int word = ahead[0];
-        ahead[0] = ahead[1];
-        ahead[1] = read(i + 2);
+      for (int p = 0; p < parts; ++p) {
+        const int word = ahead;
+        ahead = read(p + 1 < parts ? stage * parts + p + 1 : (stage + Shape::kProducers) * parts);
         const int key = __shfl_sync(kFullWarp, word, 0), valid = __shfl_sync(kFullWarp, word, 1);
         const unsigned flags = __shfl_sync(kFullWarp, word, 2);
         any |= flags & StageFlags::kAny;
         all &= flags;
-        if (p == 0) barrier_wait(ring.empty(), ring.phase ^ 1);
-        load(ring, head, key, p * unions.part, unions.part, valid);
-        const uint32_t info = ring.info() + 4 * Shape::kPartWords * p;
-        if (lane == 0) store_shared(info, key);
-        if (lane >= 3 && lane < unions.words) store_shared(info + 4 * (lane - 2), word);
+        const int row = p * unions.part;
+        if (p == 0) ring.wait_for_keys();
+        load_rows_async<typename Shape::TileK>(keys + row * 128, k, k_map, full, head, key, unions.part, valid, lane);
+        if constexpr (Shape::kValues) {
+          if (p == 0) ring.wait_for_values();
+          load_rows_async<typename Shape::TileV>(values + row * 128, v, v_map, full, head, key, unions.part, valid,
+                                                 lane);
+        }
+        const uint32_t part_info = info + 4 * Shape::kPartWords * p;
+        if (lane == 0) store_shared(part_info, key);
+        if (lane >= 3 && lane < unions.words) store_shared(part_info + 4 * (lane - 2), word);
       }
-      __syncwarp();
-      if (lane == 0) {
-        ring.publish(number,
-                     any | (all & (StageFlags::kAll | StageFlags::kAlone)) | (i >= count ? StageFlags::kLast : 0));
-      } else {
-        arrive_in_step(ring.full(), lane);
-      }
-      ring.advance();
+      const unsigned last = stage + 1 >= stages ? StageFlags::kLast : 0;
+      ring.publish(any | (all & (StageFlags::kAll | StageFlags::kAlone)) | last, lane);
     }
+    return stage - stages;
   }
 
-  // A CTA takes every gridDim.x-th tile, one kv head after the other: its K and V stay in the L2.
-  __device__ __forceinline__ void run(KeyRing<Shape>& ring, int tiles) const {
+  // A CTA takes every gridDim.x-th of `tiles`; number_of(t): the t-th's number among the unions.
+  template <typename NumberOf>
+  __device__ __forceinline__ void run(BlockRing<Shape>& ring, int producer, int tiles, NumberOf number_of) const {
     if (lane == 0) {
-      prefetch_map(&maps.k);
-      prefetch_map(&maps.v);
+      prefetch_map(k_map);
+      if constexpr (Shape::kValues) prefetch_map(v_map);
     }
-    for (int t = blockIdx.x; t < tiles; t += gridDim.x) tile_stages(ring, t);
+    ring.advance(producer);
+    int turn = producer;
+    for (int t = blockIdx.x; t < tiles; t += gridDim.x) turn = tile_stages(ring, number_of(t), turn);
   }
 };
 

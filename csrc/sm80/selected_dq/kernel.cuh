@@ -32,18 +32,19 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
   __syncwarp();  // every lane is done with the last tile's rows
+  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
   copy_tile<Config::kDk>(own, a.q, tile, unit, a.group, lane);
   copy_tile<Config::kDv>(own + 16 * device::Tile<Config::kDk>::kRowBytes, a.dout, tile, unit, a.group, lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-    sees.set_row(r, row, first_token, a.plan);
     const int heads = a.num_heads_k * a.group;
     const cuda::RowStats stats =
         row.real ? a.stats[static_cast<int64_t>(row.token) * heads + row.head] : cuda::RowStats{INFINITY, 0.f};
     lse2[r] = stats.lse2;
     delta[r] = stats.delta;
   }
+  sees.set_rows(place, lane);
   device::wait_copies();
   __syncwarp();
 }
@@ -102,7 +103,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                   lane);
     return;
   }
-  device::Visibility<Config> sees(ring, warp, lane);
+  device::Visibility<Config> sees(ring.shared, warp, lane);
   for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
     float lse2[2], delta[2], dq[Config::kDk / 8][4];
     load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), ring, warp, lane, sees, lse2, delta);

@@ -23,10 +23,10 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
   const char* q[2];
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
+  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
-    sees.set_row(r, row, first_token, a.plan);
     q[r] = row.real ? a.q.at(row.token, row.head) + 4 * (lane & 3) : nullptr;
   }
 #pragma unroll
@@ -37,6 +37,7 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
       rows.q.fragments[step][i] = from ? __ldg(reinterpret_cast<const unsigned*>(from + 32 * step + 16 * (i >> 1))) : 0;
     }
   }
+  sees.set_rows(place, lane);
   rows.softmax.reset();
 }
 
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                   lane);
     return;
   }
-  device::Visibility<Config> sees(ring, warp, lane);
+  device::Visibility<Config> sees(ring.shared, warp, lane);
   for (int t = ring.wait_tile(); t >= 0; t = ring.wait_tile()) {
     Rows<Config> rows;
     load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), warp, lane, sees, rows);

@@ -1,7 +1,7 @@
 // Tile choices of the Hopper dQ, the only place that makes them.
 #pragma once
 
-#include "device/query_tile.cuh"
+#include "device/block_ring.cuh"
 
 namespace nsa::sm90::selected_dq {
 
@@ -17,9 +17,9 @@ inline constexpr int kDepth = 3, kSliceBytes = 2048;
 
 // kWholeTokens: 16 divides G, so that a unit's rows are one token's.
 template <typename Element_, int kDk, int kDv, bool kWholeTokens_>
-struct Config
-    : device::QueryTileShape<kDk, 0, tile_size(kDk).keys, tile_size(kDk).warps, kDk <= 128 ? 4 : 1,
-                             kDepth * kSliceBytes, device::BoxTile<kDk, tile_size(kDk).keys>, device::BoxTile<0, 64>> {
+struct Config : device::BlockRingShape<device::QueryTileShape<
+                    kDk, 0, tile_size(kDk).keys, tile_size(kDk).warps, kDk <= 128 ? 4 : 1, kDepth * kSliceBytes,
+                    device::BoxTile<kDk, tile_size(kDk).keys>, device::BoxTile<0, 64>>> {
   using Element = Element_;
   static constexpr bool kWholeTokens = kWholeTokens_;
   static constexpr int kConsumerRegisters = 152, kProducerRegisters = 56;

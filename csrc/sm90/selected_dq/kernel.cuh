@@ -12,7 +12,7 @@
 namespace nsa::sm90::selected_dq {
 
 using cuda::BackwardArgs;
-using device::KeyRing;
+using device::BlockRing;
 using device::QueryTile;
 using device::StageFlags;
 using device::Unit;
@@ -52,56 +52,6 @@ struct WindowTiles {
     return head * per_head + first + i - head * per_window;
   }
 };
-
-// The stages of one of the producer warps: a block of K each.
-template <typename Config>
-__device__ __forceinline__ void produce(const BackwardArgs& a, const CUtensorMap* map, KeyRing<Config>& ring,
-                                        const WindowTiles& tiles, int producer, int lane) {
-  constexpr int kKeys = Config::kKeys;
-  const cuda::TileUnions& unions = a.unions;
-  if (lane == 0) device::prefetch_map(map);
-  int turn = producer;  // entries until this warp's next one
-  ring.advance(producer);
-  for (int t = blockIdx.x; t < tiles.count; t += gridDim.x) {
-    const int number = tiles.number(t), head = number / unions.tiles_per_head;
-    const int listed = __ldg(unions.counts + number).x, count = max(listed, 1);  // consumers wait for one in any case
-    const int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words + lane;
-    const auto read = [&](int i) {  // this lane's word of an entry
-      return i < listed && lane < unions.words ? __ldg(entries + static_cast<int64_t>(i) * unions.words) : 0;
-    };
-    int i = turn, ahead = read(i);
-    for (; i < count; i += Config::kProducerWarps) {
-      const int word = ahead;
-      ahead = read(i + Config::kProducerWarps);
-      const int key = __shfl_sync(device::kFullWarp, word, 0), valid = __shfl_sync(device::kFullWarp, word, 1);
-      const unsigned any = __shfl_sync(device::kFullWarp, word, 2) & StageFlags::kAny;
-      device::barrier_wait(ring.empty(), ring.phase ^ 1);
-      if (lane >= 3 && lane < unions.words) device::store_shared(ring.info() + 4 * (lane - 2), word);
-      if (valid != kKeys) {  // the end of a sequence: what lies behind it belongs to somebody else
-        device::copy_partial<typename Config::TileK>(ring.keys(), a.k.at(key, head), a.k.row_bytes, kKeys, valid, lane);
-        device::wait_copies();
-        device::fence_shared_for_wgmma();  // the next copy into the stage is TMA's
-      }
-      __syncwarp();
-      if (lane == 0) {
-        if (valid == kKeys) {
-          device::barrier_expect(ring.full(), 2 * kKeys * Config::kDk);
-          const int2 place = a.k.batch_and_row(key);
-#pragma unroll
-          for (int c = 0; c < Config::kDk / 64; ++c) {
-            device::copy_box_async(ring.keys() + c * Config::TileK::kBoxBytes, map, ring.full(), 64 * c, place.y, head,
-                                   place.x);
-          }
-        }
-        ring.publish(number, any | (i + 1 >= count ? StageFlags::kLast : 0));
-      } else {
-        device::arrive_in_step(ring.full(), lane);
-      }
-      ring.advance(Config::kProducerWarps);
-    }
-    turn = i - count;
-  }
-}
 
 // dS of a unit's rows, slice by slice: 64 keys of each row, those of its next block. Loads are kDepth - 1 slices ahead
 // of the products, by cp.async: from global memory into registers, ptxas waited for each load where the next was
@@ -249,12 +199,13 @@ struct TokenSlices {
 };
 
 template <typename Config>
-__device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& ring, const WindowTiles& tiles,
-                                        int warps, const cuda::Divisor& tiles_per_head, int warp, int lane) {
+__device__ __forceinline__ void consume(const BackwardArgs& a, BlockRing<Config>& ring, const WindowTiles& tiles,
+                                        const cuda::Divisor& tiles_per_head, int warp, int lane) {
   using Element = typename Config::Element;
+  constexpr int kWarps = Config::kMaxWarps;
   std::conditional_t<Config::kWholeTokens, TokenSlices<Config>, RowSlices<Config>> slices(ring.own(warp), lane);
   const auto start = [&](int t) {
-    const QueryTile tile(tiles.number(t), tiles_per_head, warps);
+    const QueryTile tile(tiles.number(t), tiles_per_head, kWarps);
     slices.start(a, tile, Unit(a.plan.units, tile.first_unit + warp, a.group));
   };
   int t = blockIdx.x;
@@ -264,18 +215,19 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& 
     device::clear(dq);
     unsigned flags;
     do {
-      device::barrier_wait(ring.full(), ring.phase);
-      flags = __shfl_sync(device::kFullWarp, device::load_shared(ring.flags()), 0);
+      flags = __shfl_sync(device::kFullWarp, ring.wait_for_block(), 0);
       if (flags & StageFlags::any(warp)) {
         uint32_t ds[4][4];
-        slices.take(a, ring.info(), ds);
-        device::multiply<Element, Config::kDk, Config::kKeys, Config::kDk, typename Config::TileK>(dq, ds, ring.keys(),
-                                                                                                   lane);
+        slices.take(a, ring.info(ring.value_stage), ds);
+        device::multiply<Element, Config::kDk, Config::kKeys, Config::kDk, typename Config::TileK>(
+            dq, ds, ring.keys(ring.key_stage), lane);
       }
-      ring.release(lane);
+      __syncwarp();
+      ring.release_keys(ring.key_stage, lane);
+      ring.advance();
     } while (!(flags & StageFlags::kLast));
     if (t + gridDim.x < tiles.count) start(t + gridDim.x);
-    const QueryTile tile(tiles.number(t), tiles_per_head, warps);
+    const QueryTile tile(tiles.number(t), tiles_per_head, kWarps);
     const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -288,20 +240,22 @@ __device__ __forceinline__ void consume(const BackwardArgs& a, KeyRing<Config>& 
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ CUtensorMap map, int stages, int warps,
+    kernel(const __grid_constant__ BackwardArgs a, const __grid_constant__ CUtensorMap map,
            const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
+  constexpr int kWarps = Config::kMaxWarps;
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(device::kWarpArrivals, warps);
+  BlockRing<Config> ring(shared);
+  if (threadIdx.x == 0) ring.init();
   __syncthreads();
-  const WindowTiles tiles(a, warps, tiles_per_head);
-  if (warp >= warps) {
+  const WindowTiles tiles(a, kWarps, tiles_per_head);
+  if (warp >= kWarps) {
     if constexpr (Config::kProducerWarps == 4) device::give_registers<Config::kProducerRegisters>();
-    produce<Config>(a, &map, ring, tiles, warp - warps, lane);
+    device::TmaProducer<Config>{a.unions, a.k, a.v, &map, nullptr, lane}.run(ring, warp - kWarps, tiles.count,
+                                                                             [&](int t) { return tiles.number(t); });
   } else {
     if constexpr (Config::kProducerWarps == 4) device::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(a, ring, tiles, warps, tiles_per_head, warp, lane);
+    consume<Config>(a, ring, tiles, tiles_per_head, warp, lane);
   }
 }
 

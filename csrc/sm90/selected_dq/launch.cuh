@@ -12,7 +12,7 @@ Status launch_config(const cuda::BackwardArgs& args, const cuda::Launch& device)
   const Status status =
       cuda::make_tensor_map(kWhat, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, Config::kKeys, &map);
   if (!status.ok()) return status;
-  return cuda::launch_query_tiles<Config>(kWhat, kernel<Config>, args, device, Config::kMaxWarps, map);
+  return cuda::launch_block_ring<Config>(kWhat, kernel<Config>, args, device, map);
 }
 
 template <typename Element, int kDk, int kDv>

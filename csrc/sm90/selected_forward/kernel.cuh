@@ -9,7 +9,7 @@
 namespace nsa::sm90::selected_forward {
 
 using cuda::ForwardArgs;
-using device::KeyRing;
+using device::BlockRing;
 using device::QueryTile;
 using device::Unit;
 
@@ -19,16 +19,16 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
                                           const device::Visibility<Config>& sees) {
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
+  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
   device::copy_unit<Config::kDk>(q, a.q, tile, unit, a.group, warp, lane);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) sees.set_row(r, tile.row(unit, lane / 4 + 8 * r, a.group), first_token, a.plan);
+  sees.set_rows(place, lane);
 }
 
 // The products of the walk (device/warpgroup_tile.cuh): S = Q K^T, O += P V.
 template <typename Config>
 struct Pass {
   using Element = typename Config::Element;
-  const KeyRing<Config>& ring;
+  const BlockRing<Config>& ring;
   device::Visibility<Config> sees;
   uint32_t q;
   int warp, lane, block_size;
@@ -39,9 +39,9 @@ struct Pass {
   float factor[2];
   bool any, moved;
 
-  __device__ __forceinline__ Pass(const ForwardArgs& a, const KeyRing<Config>& ring_, int warp_, int lane_)
+  __device__ __forceinline__ Pass(const ForwardArgs& a, const BlockRing<Config>& ring_, int warp_, int lane_)
       : ring(ring_),
-        sees(ring_, warp_, lane_),
+        sees(ring_.shared, warp_, lane_),
         q(ring_.own(warp_ / 4 * 4)),
         warp(warp_),
         lane(lane_),
@@ -68,11 +68,13 @@ struct Pass {
     softmax.exponentiate(s, scale);
   }
   __device__ __forceinline__ unsigned unit_flag() const { return device::StageFlags::any(warp); }
-  __device__ __forceinline__ void attend(int stage, unsigned flags) {
+  __device__ __forceinline__ void score(int stage) {
     device::clear(s);
     const device::SharedOperand<Config::kDk, device::BoxTile<Config::kDk, 64>> rows(q + warp % 4 * 16 * 128, lane);
     device::multiply_transposed<Element, Config::kDk, Config::kKeys, typename Config::TileK>(s, rows, ring.keys(stage),
                                                                                              lane);
+  }
+  __device__ __forceinline__ void add(int stage, unsigned flags) {
     weigh(stage, flags);
     settle();
     device::multiply<Element, Config::kDv, Config::kKeys, Config::kDv, typename Config::TileV>(
@@ -91,12 +93,13 @@ struct Pass {
 // The CTA's tiles are the producer's. The next tile's Q is on its way while this one's o is written: loading it between
 // the two cost 4 us a tile, a tenth of the whole.
 template <typename Config>
-__device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& ring, int warps,
+__device__ __forceinline__ void consume(const ForwardArgs& a, BlockRing<Config>& ring,
                                         const cuda::Divisor& tiles_per_head, int warp, int lane) {
+  constexpr int kWarps = Config::kMaxWarps;
   const int warpgroup = warp / 4, tiles = tiles_per_head * a.num_heads_k;
   Pass<Config> pass(a, ring, warp, lane);
   int t = blockIdx.x;
-  load_rows<Config>(a, QueryTile(t, tiles_per_head, warps), pass.q, warp, lane, pass.sees);
+  load_rows<Config>(a, QueryTile(t, tiles_per_head, kWarps), pass.q, warp, lane, pass.sees);
   for (; t < tiles; t += gridDim.x) {
     device::wait_copies();
     device::fence_shared_for_wgmma();
@@ -104,27 +107,30 @@ __device__ __forceinline__ void consume(const ForwardArgs& a, KeyRing<Config>& r
     pass.softmax.reset();
     device::walk_stages<Config>(ring, warpgroup, lane, pass);
     const int next = __shfl_sync(device::kFullWarp, t + gridDim.x, 0);  // uniform, or it takes a register
-    if (next < tiles) load_rows<Config>(a, QueryTile(next, tiles_per_head, warps), pass.q, warp, lane, pass.sees);
-    pass.softmax.template store<typename Config::Element>(a, QueryTile(t, tiles_per_head, warps), warp, lane);
+    if (next < tiles) load_rows<Config>(a, QueryTile(next, tiles_per_head, kWarps), pass.q, warp, lane, pass.sees);
+    pass.softmax.template store<typename Config::Element>(a, QueryTile(t, tiles_per_head, kWarps), warp, lane);
   }
 }
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ cuda::KeyMaps maps, int stages, int warps,
+    kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ cuda::KeyMaps maps,
            const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
+  constexpr int kWarps = Config::kMaxWarps;
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  KeyRing<Config> ring(shared, stages);
-  if (threadIdx.x == 0) ring.init(device::kWarpArrivals, warps);
+  BlockRing<Config> ring(shared);
+  if (threadIdx.x == 0) ring.init();
   __syncthreads();
-  if (warp >= warps) {
+  if (warp >= kWarps) {
     device::give_registers<Config::kProducerRegisters>();
-    if (warp > warps) return;
-    device::TmaProducer<Config>{a.unions, a.k, a.v, maps, lane}.run(ring, tiles_per_head * a.num_heads_k);
+    if (warp - kWarps >= Config::kProducers) return;
+    // one kv head after the other: its K and V stay in the L2
+    device::TmaProducer<Config>{a.unions, a.k, a.v, &maps.k, &maps.v, lane}.run(
+        ring, warp - kWarps, tiles_per_head * a.num_heads_k, [](int t) { return t; });
   } else {
     device::take_registers<Config::kConsumerRegisters>();
-    consume<Config>(a, ring, warps, tiles_per_head, warp, lane);
+    consume<Config>(a, ring, tiles_per_head, warp, lane);
   }
 }
 

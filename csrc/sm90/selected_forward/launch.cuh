@@ -7,7 +7,15 @@ namespace nsa::sm90::selected_forward {
 
 template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_tma_query_tiles<Config>("selected attention forward", kernel<Config>, args, device);
+  constexpr const char* kWhat = "selected attention forward";
+  const int rows = args.plan.block_size < Config::kKeys ? args.plan.block_size : Config::kKeys;
+  cuda::KeyMaps maps;
+  Status status = cuda::make_tensor_map(kWhat, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, rows, &maps.k);
+  if (status.ok()) {
+    status = cuda::make_tensor_map(kWhat, args.v, args.plan.total_k, args.num_heads_k, Config::kDv, rows, &maps.v);
+  }
+  if (!status.ok()) return status;
+  return cuda::launch_block_ring<Config>(kWhat, kernel<Config>, args, device, maps);
 }
 
 }  // namespace nsa::sm90::selected_forward
