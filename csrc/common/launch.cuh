@@ -34,25 +34,28 @@ Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, i
   return cuda_status(error, what);
 }
 
-// A kernel over query tiles (device/query_tile.cuh) with `warps` consumers: as many stages as fit, and a CTA per SM, or
-// per tile where those are fewer.
+// CTAs of a kernel over query tiles (device/query_tile.cuh): one an SM, or one a tile where those are fewer.
+template <typename Args>
+dim3 tile_grid(const Args& args, int tiles_per_head, const Launch& device) {
+  const int tiles = tiles_per_head * args.num_heads_k;
+  return dim3(tiles < device.num_sms ? tiles : device.num_sms);
+}
+
+// Such a kernel with `warps` consumers and as many stages as fit.
 template <typename Config, typename Kernel, typename Args>
 Status launch_query_tiles(const char* what, Kernel* kernel, const Args& args, const Launch& device, int warps) {
   const int stages = Config::num_stages(device.shared_memory, warps);
   const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
-  const int tiles = per_head * args.num_heads_k;
-  return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms),
-                       32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps), device.stream, args,
-                       stages, warps, per_head);
+  return launch_kernel(what, kernel, tile_grid(args, per_head, device), 32 * (warps + Config::kProducerWarps),
+                       Config::shared_bytes(stages, warps), device.stream, args, stages, warps, per_head);
 }
 
 // The same for one with a ring of blocks (device/block_ring.cuh). maps: what it loads by TMA.
 template <typename Config, typename Kernel, typename Args, typename Maps>
 Status launch_block_ring(const char* what, Kernel* kernel, const Args& args, const Launch& device, const Maps& maps) {
   const Divisor per_head = (args.plan.units.max_units + Config::kMaxWarps - 1) / Config::kMaxWarps;
-  const int tiles = per_head * args.num_heads_k;
-  return launch_kernel(what, kernel, dim3(tiles < device.num_sms ? tiles : device.num_sms), Config::kThreads,
-                       Config::kUsedBytes, device.stream, args, maps, per_head);
+  return launch_kernel(what, kernel, tile_grid(args, per_head, device), Config::kThreads, Config::kUsedBytes,
+                       device.stream, args, maps, per_head);
 }
 
 }  // namespace nsa::cuda
