@@ -51,7 +51,7 @@ struct Plan {
   int list_width;  // S
 };
 
-// The union of the lists of every query tile, made before the kernels whose one producer warp only has time to read it:
+// The union of the lists of every query tile, made before the kernels whose producers only have time to read it:
 // walking it there took 1500 cycles a stage, a third more than the loads. One entry for each part of a block (at most
 // `part` keys): the blocks that some warpgroup shares from the front on, in ascending order, and those that none does
 // (device::StageFlags::kAlone) from the back on, which a consumer takes last.
@@ -121,7 +121,7 @@ struct InvertedIndex {
   const uint64_t* work_begin;  // [num_lists + 1]
   // [Hkv, total_q, S], null: not wanted. Where an entry of the lists stands among those of its window; with two buffers
   // every second window counts from buffer_entries on. kTwoHalves: its block has more than 64 keys. kNoPlace: the list
-  // has no such entry.
+  // has no such entry. (Places stay below 2^31: so many dS would be 256 GiB.)
   const uint32_t* places;
   static constexpr uint32_t kNoPlace = ~0u, kTwoHalves = 1u << 31;
   int64_t buffer_entries;

@@ -20,9 +20,4 @@ Status make_tensor_map(const char* what, const TensorArg& tensor, int64_t rows, 
 Status make_group_map(const char* what, const TensorArg& tensor, int64_t rows, int heads, int dim, int group,
                       int box_rows, CUtensorMap* map);
 
-// Of K and V.
-struct KeyMaps {
-  CUtensorMap k, v;
-};
-
 }  // namespace nsa::cuda

@@ -1,9 +1,9 @@
 // The ring of the Hopper kernels over query tiles: blocks that producer warps load in turn and every consumer warp
 // passes in order.
 //
-// Keys and values have stages of their own. A block's keys are done with one product before its values are, so there is
-// one stage more of values than of keys, and what one stage for both would hold during that product is another block on
-// its way: with heads of 128 six blocks instead of five, with heads of 256 three instead of two.
+// Keys and values have stages of their own, one more of values than of keys: while a product still reads a block's
+// values, the stage of its keys already takes another block. With heads of 128 there are 5 and 6 where 5 for both
+// fitted, with heads of 256 2 and 3 where 2 did.
 #pragma once
 
 #include "device/query_tile.cuh"
@@ -15,9 +15,10 @@ struct BlockRingShape : Shape {
   static constexpr int kSharedBytes = 227 * 1024;  // of a CTA, sm_90
   static constexpr bool kValues = Shape::kDv > 0;
   static constexpr int kValueBytes = Shape::kStageBytes - Shape::kKeyBytes;
+  static constexpr int kMaxStages = kSharedBytes / Shape::kStageBytes;
   // Shared memory: places, barriers, infos, keys, values, consumers' own.
-  static constexpr int kInfos = Shape::kBarriers + 8 * (3 * Shape::kMaxStages + 1);
-  static constexpr int kKeysAt = (kInfos + 4 * Shape::kInfoWords * (Shape::kMaxStages + 1) + 1023) / 1024 * 1024;
+  static constexpr int kInfos = Shape::kBarriers + 8 * (3 * kMaxStages + 1);
+  static constexpr int kKeysAt = (kInfos + 4 * Shape::kInfoWords * (kMaxStages + 1) + 1023) / 1024 * 1024;
   static constexpr int kOwnBytes = Shape::kMaxWarps * Shape::kWarpBytes;
   static constexpr int kKeyStages = (kSharedBytes - kKeysAt - kOwnBytes - kValueBytes) / Shape::kStageBytes;
   static constexpr int kValueStages = kKeyStages + (kValues ? 1 : 0);
@@ -26,7 +27,7 @@ struct BlockRingShape : Shape {
   static constexpr int kUsedBytes = kOwnAt + kOwnBytes;
   // Producers at work: at most one a stage, so that a step is no longer than a lap.
   static constexpr int kProducers = Shape::kProducerWarps < kKeyStages ? Shape::kProducerWarps : kKeyStages;
-  static_assert(kKeyStages >= 2, "a block's keys are needed before the last one's values are released");
+  static_assert(kKeyStages >= 2, "loads and products would take turns");
 };
 
 template <typename Shape>  // a BlockRingShape
@@ -72,9 +73,11 @@ struct BlockRing {
     }
   }
 
-  // By producers: until the stages whose turn it is may be filled. Others filled them in the laps before, and consumers
-  // may release values out of turn; what they do in turn is to see that a block is there. So: there, then done with.
-  // The second alone could take the lap before the last for the last, whose parity is the same.
+  // By producers: until the stages whose turn it is may be filled, values behind keys. A parity can't tell the last lap
+  // from the one two before, and other producers filled these stages in between. Keys are released in the order of
+  // blocks: with at most a producer a stage, the lap before the last is over (waiting for the last block to have landed
+  // is a precaution). Values are released out of turn, where a block is another warpgroup's; but a warp that has
+  // released the keys of this stage holds no values of two laps before.
   __device__ __forceinline__ void wait_for_keys() const {
     barrier_wait(full(key_stage), key_phase ^ 1);
     barrier_wait(keys_empty(key_stage), key_phase ^ 1);

@@ -54,7 +54,7 @@ struct TmaProducer {
   const CUtensorMap *k_map, *v_map;  // v's aren't used where the ring has no values
   int lane;
 
-  // The stages of a tile from the turn-th on, one of kProducers; returns by how much the last step went past them.
+  // Every kProducers-th stage of a tile, from the turn-th on; returns by how much the last step went past them.
   __device__ __forceinline__ int tile_stages(BlockRing<Shape>& ring, int number, int turn) const {
     const int head = number / unions.tiles_per_head;
     const int parts = Shape::kKeys / unions.part;  // blocks a stage
@@ -97,7 +97,8 @@ struct TmaProducer {
     return stage - stages;
   }
 
-  // A CTA takes every gridDim.x-th of `tiles`; number_of(t): the t-th's number among the unions.
+  // By the first kProducers producer warps. A CTA takes every gridDim.x-th of `tiles`; number_of(t): the t-th's number
+  // among the unions.
   template <typename NumberOf>
   __device__ __forceinline__ void run(BlockRing<Shape>& ring, int producer, int tiles, NumberOf number_of) const {
     if (lane == 0) {

@@ -1,19 +1,19 @@
-// The consumers of the Hopper forward: a warpgroup of four units (64 rows) goes through the stages of its tile. What it
-// computes is a Pass:
-//   start_scores(keys)         starts the product that weighs a block's keys, S
-//   weigh(values, flags)       turns it into the operand of the sum, P, in registers that no product uses
-//   settle()                   behind weigh, once no product is in flight: makes that operand the next sum's
-//   start_sum(values)          starts the sum over the block's keys, O += P V
-//   score(keys)                S for one warp's unit, by mma.sync
-//   add(values, flags)         weighs it and adds P V
-//   hold_scores(), hold_sum()  keep the compiler from touching either before its product is done
+// The consumers of the Hopper forward: a warpgroup of four units (64 rows) goes through the blocks of its tile. What it
+// computes is a Pass; the numbers that it gets are stages of the ring, of keys or of values:
+//   start_scores(key_stage)      starts the product that weighs a block's keys, S
+//   weigh(value_stage, flags)    turns it into the operand of the sum, P, in registers that no product uses
+//   settle()                     behind weigh, once no product is in flight: makes that operand the next sum's
+//   start_sum(value_stage)       starts the sum over the block's keys, O += P V
+//   score(key_stage)             S for one warp's unit, by mma.sync
+//   add(value_stage, flags)      weighs it and adds P V
+//   hold_scores(), hold_sum()    keep the compiler from touching either before its product is done
 //
-// While one stage is weighed, the tensor cores do the sum of the stage before: without that overlap the tensor cores
+// While one block is weighed, the tensor cores do the sum of the block before: without that overlap the tensor cores
 // stood still for a third of the time.
 //
-// The tile's last stages are those that no three units of a warpgroup share. There the warps part: each takes the
-// stages of its own unit alone, reads its own rows of Q alone, and goes on to the next tile's without the others.
-// Up to as many stages are at work as the ring has.
+// The tile's last blocks are those that no three units of a warpgroup share. There the warps part: each takes its own
+// unit's alone, reads its own rows of Q alone, and goes on to the next tile's without the others. Up to as many blocks
+// are at work as the ring has stages.
 #pragma once
 
 #include "device/tma_producer.cuh"
@@ -24,13 +24,13 @@ namespace nsa::device {
 template <typename Shape>
 struct StageWalk {
   BlockRing<Shape>& ring;
-  unsigned mine;  // the `any` bits of this warpgroup's units
+  unsigned units;  // this warpgroup's, as `any` bits
   int lane;
-  int keys = 0, values = 0;  // stages of the block that find() found
+  int key_stage = 0, value_stage = 0;  // of the block that find() or next() found
   bool ended = false, alone = false;
 
   __device__ __forceinline__ StageWalk(BlockRing<Shape>& ring_, int warpgroup_, int lane_)
-      : ring(ring_), mine(0xfu << (4 * warpgroup_)), lane(lane_) {}
+      : ring(ring_), units(0xfu << (4 * warpgroup_)), lane(lane_) {}
 
   // The flags of the tile's next block that concerns this warpgroup; 0: there is none, or it only comes when `held`,
   // the values of a block found before, have been released. A block found must be released, others already are.
@@ -42,9 +42,9 @@ struct StageWalk {
       alone = (flags & StageFlags::kAlone) != 0;
       if (alone) return 0;
       take(flags);
-      if (flags & mine) return flags;
+      if (flags & units) return flags;
       release_keys();
-      release_values(values);
+      release_values(value_stage);
     }
     return 0;
   }
@@ -55,12 +55,12 @@ struct StageWalk {
     return flags;
   }
   __device__ __forceinline__ void take(unsigned flags) {
-    keys = ring.key_stage;
-    values = ring.value_stage;
+    key_stage = ring.key_stage;
+    value_stage = ring.value_stage;
     ended = (flags & StageFlags::kLast) != 0;
     ring.advance();
   }
-  __device__ __forceinline__ void release_keys() const { ring.release_keys(keys, lane); }
+  __device__ __forceinline__ void release_keys() const { ring.release_keys(key_stage, lane); }
   __device__ __forceinline__ void release_values(int stage) const { ring.release_values(stage, lane); }
 };
 
@@ -69,30 +69,30 @@ __device__ __forceinline__ void walk_stages(BlockRing<Shape>& ring, int warpgrou
   StageWalk<Shape> walk(ring, warpgroup, lane);
   while (const unsigned first = walk.find(-1)) {
     wgmma_fence();
-    pass.start_scores(walk.keys);
+    pass.start_scores(walk.key_stage);
     wgmma_commit();
     wgmma_wait<0>();
     pass.hold_scores();
     walk.release_keys();
-    pass.weigh(walk.values, first);
+    pass.weigh(walk.value_stage, first);
     pass.settle();
-    int held = walk.values;
+    int held = walk.value_stage;
     while (const unsigned next = walk.find(held)) {
       pass.hold_sum();
       wgmma_fence();
-      pass.start_scores(walk.keys);
+      pass.start_scores(walk.key_stage);
       wgmma_commit();
       pass.start_sum(held);
       wgmma_commit();
       wgmma_wait<1>();
       pass.hold_scores();
       walk.release_keys();
-      pass.weigh(walk.values, next);
+      pass.weigh(walk.value_stage, next);
       wgmma_wait<0>();
       pass.hold_sum();
       walk.release_values(held);
       pass.settle();
-      held = walk.values;
+      held = walk.value_stage;
     }
     pass.hold_sum();
     wgmma_fence();
@@ -106,12 +106,12 @@ __device__ __forceinline__ void walk_stages(BlockRing<Shape>& ring, int warpgrou
   while (!walk.ended) {
     const unsigned flags = walk.next();
     const bool mine = (flags & pass.unit_flag()) != 0;
-    if (mine) pass.score(walk.keys);
+    if (mine) pass.score(walk.key_stage);
     __syncwarp();
     walk.release_keys();
-    if (mine) pass.add(walk.values, flags);
+    if (mine) pass.add(walk.value_stage, flags);
     __syncwarp();
-    walk.release_values(walk.values);
+    walk.release_values(walk.value_stage);
   }
 }
 

@@ -1,7 +1,7 @@
 // Tile choices of dQ, the only place that makes them.
 #pragma once
 
-#include "device/query_tile.cuh"
+#include "device/key_ring.cuh"
 
 namespace nsa::sm80::selected_dq {
 
@@ -12,11 +12,12 @@ namespace nsa::sm80::selected_dq {
 //   (192, 128)   96 + 32 + 50 = 178  -> 6 + 2 warps (255)
 //   (256, 256)  128 + 32 + 50 = 210  -> 6 + 2 warps (255)
 template <typename Element_, int kDk, int kDv>
-struct Config : device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64,
-                                       kDk == 64    ? 14
-                                       : kDk == 128 ? 10
-                                                    : 6,
-                                       2, 32 * (kDk + kDv), device::Tile<kDk>, device::Tile<kDv>> {
+struct Config
+    : device::KeyRingShape<device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64,
+                                                  kDk == 64    ? 14
+                                                  : kDk == 128 ? 10
+                                                               : 6,
+                                                  2, 32 * (kDk + kDv), device::Tile<kDk>, device::Tile<kDv>>> {
   using Element = Element_;
   static constexpr int kStep = 32;  // keys
 };

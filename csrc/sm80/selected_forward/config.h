@@ -1,7 +1,7 @@
 // Tile choices of the forward, the only place that makes them.
 #pragma once
 
-#include "device/query_tile.cuh"
+#include "device/key_ring.cuh"
 
 namespace nsa::sm80::selected_forward {
 
@@ -13,11 +13,12 @@ namespace nsa::sm80::selected_forward {
 //   (256, 256)  64 + 128 + 16 + 45 = 253 -> 6 + 2 warps, 32 keys a stage
 // More consumer warps share a loaded block among more tokens; two producers keep up with the L2.
 template <typename Element_, int kDk, int kDv>
-struct Config : device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64,
-                                       kDk == 64    ? 12
-                                       : kDk == 128 ? 10
-                                                    : 6,
-                                       kDk == 64 ? 4 : 2, 0, device::Tile<kDk>, device::Tile<kDv>> {
+struct Config
+    : device::KeyRingShape<device::QueryTileShape<kDk, kDv, kDk == 256 ? 32 : 64,
+                                                  kDk == 64    ? 12
+                                                  : kDk == 128 ? 10
+                                                               : 6,
+                                                  kDk == 64 ? 4 : 2, 0, device::Tile<kDk>, device::Tile<kDv>>> {
   using Element = Element_;
 };
 

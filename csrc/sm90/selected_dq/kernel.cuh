@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   if (threadIdx.x == 0) ring.init();
   __syncthreads();
   const WindowTiles tiles(a, kWarps, tiles_per_head);
+  static_assert(Config::kProducers == Config::kProducerWarps, "all of them load");
   if (warp >= kWarps) {
     if constexpr (Config::kProducerWarps == 4) device::give_registers<Config::kProducerRegisters>();
     device::TmaProducer<Config>{a.unions, a.k, a.v, &map, nullptr, lane}.run(ring, warp - kWarps, tiles.count,

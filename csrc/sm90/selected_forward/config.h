@@ -5,8 +5,8 @@
 
 namespace nsa::sm90::selected_forward {
 
-// Consumer warpgroups of 4 units (64 rows) and one producer warpgroup. Q lies in shared memory, so a thread holds O Dv
-// / 2, scores 32, P 16 and about 25 more; setmaxnreg moves the producers' registers to the consumers.
+// Consumer warpgroups of 4 units (64 rows) and one producer warpgroup. Q lies in shared memory, so a thread holds
+// Dv / 2 of O, 32 scores, 16 of P and about 25 more; setmaxnreg moves the producers' registers to the consumers.
 //   Dv <= 128: 3 consumer warpgroups (512 threads), 64 + 48 + 30 = 142 of 152, producers 56
 //   Dv = 256:  2 consumer warpgroups (384 threads), 128 + 48 + 25 = 201 of 224, producers 56
 constexpr cuda::TileSize tile_size(int dv) { return {dv == 256 ? 8 : 12, 64}; }

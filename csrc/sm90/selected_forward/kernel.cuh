@@ -13,6 +13,10 @@ using device::BlockRing;
 using device::QueryTile;
 using device::Unit;
 
+struct KeyMaps {
+  CUtensorMap k, v;
+};
+
 // Q of the warpgroup's rows into shared memory.
 template <typename Config>
 __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile& tile, uint32_t q, int warp, int lane,
@@ -90,7 +94,7 @@ struct Pass {
   }
 };
 
-// The CTA's tiles are the producer's. The next tile's Q is on its way while this one's o is written: loading it between
+// The CTA's tiles are the producers'. The next tile's Q is on its way while this one's o is written: loading it between
 // the two cost 4 us a tile, a tenth of the whole.
 template <typename Config>
 __device__ __forceinline__ void consume(const ForwardArgs& a, BlockRing<Config>& ring,
@@ -114,7 +118,7 @@ __device__ __forceinline__ void consume(const ForwardArgs& a, BlockRing<Config>&
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
-    kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ cuda::KeyMaps maps,
+    kernel(const __grid_constant__ ForwardArgs a, const __grid_constant__ KeyMaps maps,
            const __grid_constant__ cuda::Divisor tiles_per_head) {
   extern __shared__ __align__(1024) char shared[];
   constexpr int kWarps = Config::kMaxWarps;

@@ -9,7 +9,7 @@ template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
   constexpr const char* kWhat = "selected attention forward";
   const int rows = args.plan.block_size < Config::kKeys ? args.plan.block_size : Config::kKeys;
-  cuda::KeyMaps maps;
+  KeyMaps maps;
   Status status = cuda::make_tensor_map(kWhat, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, rows, &maps.k);
   if (status.ok()) {
     status = cuda::make_tensor_map(kWhat, args.v, args.plan.total_k, args.num_heads_k, Config::kDv, rows, &maps.v);
