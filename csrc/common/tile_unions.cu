@@ -5,6 +5,7 @@
 #include <bit>
 
 #include "device/block_union.cuh"
+#include "device/block_walk.cuh"
 
 namespace nsa::cuda {
 namespace {
