@@ -74,6 +74,21 @@ std::string kernel_name(const nsa::SelectedAttentionProblem& problem) {
   return name;
 }
 
+using KernelTuple = std::tuple<std::string, int, int, int, int, int, int>;  // name, then KernelTiles in order
+
+KernelTuple as_tuple(const nsa::KernelChoice& choice) {
+  const nsa::KernelTiles& tiles = choice.tiles;
+  return {choice.name, tiles.query_rows, tiles.keys, tiles.stages, tiles.threads, tiles.shared_memory, tiles.ctas};
+}
+
+std::tuple<KernelTuple, KernelTuple, KernelTuple, std::int64_t, std::int64_t> choose_selected_attention(
+    const nsa::SelectedAttentionProblem& problem, const std::tuple<int, int, int>& gpu) {
+  nsa::SelectedAttentionChoice choice;
+  raise_unless_ok(
+      nsa::choose_selected_attention(problem, {std::get<0>(gpu), std::get<1>(gpu), std::get<2>(gpu)}, &choice));
+  return {as_tuple(choice.forward), as_tuple(choice.dq), as_tuple(choice.dkdv), choice.windows, choice.window_rows};
+}
+
 std::vector<std::string> compiled_kernels() {
   std::vector<std::string> kernels;
   for (int i = 0; i < nsa::num_compiled_kernels(); ++i) kernels.emplace_back(nsa::compiled_kernel(i));
@@ -97,6 +112,7 @@ PYBIND11_MODULE(_C, module) {
   bind_gated_sum(module);
   bind_range_attention(module);
   module.def("kernel_name", &kernel_name);
+  module.def("choose_selected_attention", &choose_selected_attention);
   module.def("version", &nsa::version);
   module.def("built_with_cuda", &nsa::built_with_cuda);
   module.def("cuda_architectures", &nsa::cuda_architectures);

@@ -55,6 +55,13 @@ TensorArg tensor_arg(const Tensor& tensor, bool packed, int64_t batch, int64_t r
   return arg;
 }
 
+Status check_gpu(const Gpu& gpu) {
+  if (gpu.major >= 8) return {};
+  return make_status(StatusCode::kNotSupported,
+                     "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer", gpu.major,
+                     gpu.minor);
+}
+
 Status query_gpu(cudaStream_t stream, Gpu* gpu) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -66,12 +73,7 @@ Status query_gpu(cudaStream_t stream, Gpu* gpu) {
   ask(&gpu->major, cudaDevAttrComputeCapabilityMajor);
   ask(&gpu->minor, cudaDevAttrComputeCapabilityMinor);
   gpu->launch.stream = stream;
-  if (error == cudaSuccess && gpu->major < 8) {
-    return make_status(StatusCode::kNotSupported,
-                       "the GPU has compute capability %d.%d; the CUDA kernels need 8.0 (Ampere) or newer", gpu->major,
-                       gpu->minor);
-  }
-  return cuda_status(error, "asking for the GPU's properties");
+  return error == cudaSuccess ? check_gpu(*gpu) : cuda_status(error, "asking for the GPU's properties");
 }
 
 Status find_kernel(const KernelRequest& r, const Gpu& gpu, Operation operation, bool uses_sm90,
@@ -195,7 +197,7 @@ Status find_kernels(const SelectedAttentionProblem& p, const Gpu& gpu, BackwardK
   return status.ok() && kernels->dq->family != kernels->dkdv->family ? find_both(false) : status;
 }
 
-// dS of a window takes at most 1 GiB, or as much as kMinWindow q rows or the kMaxWindows-th part of all need: in more
+// dS of a window takes about 1 GiB, or as much as kMinWindow q rows or the kMaxWindows-th part of all need: in more
 // windows a block's list of a window would have less than S l' / 16 entries, 64 of usual sizes. At 64K tokens (64 / 4
 // heads, 16 blocks of 64) that is 8192 rows; backward in ms, uniform / clustered: all at once (8.6 GB) 21.1 / 18.9,
 // 16384 rows 22.0 / 19.3, 8192 21.5 / 19.2, 4096 22.4 / 19.8, 2048 28.6 / 23.9.
@@ -210,10 +212,12 @@ Windows choose_windows(const SelectedAttentionProblem& p, const Plan& plan, int 
   const int64_t group = p.num_heads_q / p.num_heads_k, tile_rows = 16 * tile_warps;
   const int64_t step = tile_rows / std::gcd(tile_rows, group);
   windows.buffers = plan.units.runs == 1 ? 1 : 2;
-  const int64_t least = std::max(kMinWindow, plan.total_q / kMaxWindows);
-  const int64_t rows = std::max(kMaxDsBytes / row_bytes / windows.buffers, least) / step * step;
-  windows.rows = static_cast<int>(std::min<int64_t>(std::max(rows, step), plan.total_q));
-  windows.count = (plan.total_q + windows.rows - 1) / windows.rows;
+  const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
+  const int64_t least = std::max(kMinWindow, parts(plan.total_q, kMaxWindows));
+  const int64_t count = parts(plan.total_q, std::max(kMaxDsBytes / row_bytes / windows.buffers, least));
+  const int64_t rows = parts(parts(plan.total_q, count), step) * step;  // even ones: a rest is a launch as well
+  windows.rows = static_cast<int>(std::min<int64_t>(rows, plan.total_q));
+  windows.count = static_cast<int>(parts(plan.total_q, windows.rows));
   if (windows.count == 1) windows.buffers = 1;
   return windows;
 }
@@ -335,6 +339,34 @@ Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::siz
   const Instance* kernel = nullptr;
   if (status.ok()) status = find_forward(problem, gpu, &kernel);
   if (status.ok()) std::snprintf(name, name_bytes, "%s", kernel->name);
+  return status;
+}
+
+Status choose_kernels(const SelectedAttentionProblem& p, const GpuModel& model, SelectedAttentionChoice* choice) {
+  Gpu gpu = {
+      {model.shared_memory, model.num_sms, nullptr}, model.compute_capability / 10, model.compute_capability % 10};
+  Status status = model.compute_capability ? check_gpu(gpu) : query_gpu(nullptr, &gpu);
+  const Instance* forward = nullptr;
+  BackwardKernels backward;
+  if (status.ok()) status = find_forward(p, gpu, &forward);
+  if (status.ok()) status = find_kernels(p, gpu, &backward);
+  if (!status.ok()) return status;
+  const auto set = [&](const Instance& kernel, KernelChoice* chosen) {
+    std::snprintf(chosen->name, sizeof(chosen->name), "%s", kernel.name);
+    chosen->tiles = kernel.tiles(gpu.launch, static_cast<int>(p.num_heads_q / p.num_heads_k));
+  };
+  *choice = {};
+  set(*forward, &choice->forward);
+  set(*backward.dq, &choice->dq);
+  set(*backward.dkdv, &choice->dkdv);
+  if (!backward.share_ds()) return status;
+  SelectedAttentionBackward all;  // wants dq, dk and dv; their addresses aren't used
+  all.problem = p;
+  all.dq.data = all.dk.data = all.dv.data = choice;
+  Carver carver(nullptr);
+  const Windows windows = carve_backward(all, backward, carver).device.index.windows;
+  choice->windows = windows.count;
+  choice->window_rows = windows.rows;
   return status;
 }
 

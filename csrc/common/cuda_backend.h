@@ -18,6 +18,8 @@ Status gated_sum(const GatedSumBackward& args);
 // The forward kernel that the call would run; kNotSupported where there is none.
 Status kernel_name(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes);
 
+Status choose_kernels(const SelectedAttentionProblem& problem, const GpuModel& model, SelectedAttentionChoice* choice);
+
 Status workspace_bytes(const RangeAttentionForward& args, std::size_t* bytes);
 Status workspace_bytes(const RangeAttentionBackward& args, std::size_t* bytes);
 Status range_attention(const RangeAttentionForward& args);

@@ -14,6 +14,8 @@ struct Gpu {
 };
 
 Status query_gpu(cudaStream_t stream, Gpu* gpu);
+// Whether it is new enough.
+Status check_gpu(const Gpu& gpu);
 
 struct KernelRequest {
   Backend backend;

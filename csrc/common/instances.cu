@@ -19,7 +19,9 @@ using Kernel_range_dq = Status(const RangeBackwardArgs&, const Launch&);
 using Kernel_range_dkdv = Status(const RangeBackwardArgs&, const Launch&);
 using Kernel_select_blocks = Status(const SelectionArgs&, const Launch&);
 
-#define NSA_ROW(family, operation, dtype, dk, dv) Kernel_##operation family##_##operation##_##dtype##_##dk##_##dv;
+#define NSA_ROW(family, operation, dtype, dk, dv)                  \
+  Kernel_##operation family##_##operation##_##dtype##_##dk##_##dv; \
+  KernelTiles family##_##operation##_##dtype##_##dk##_##dv##_tiles(const Launch&, int group);
 #include "instances.inc"
 #undef NSA_ROW
 
@@ -38,9 +40,19 @@ constexpr Instance with(Instance row, RangeBackwardKernel kernel) {
 }
 constexpr Instance with(Instance row, SelectionKernel kernel) { return with<&Instance::selection>(row, kernel); }
 
+// Which operations' kernels say what they take at a time.
+#define NSA_TILES_selected_forward(name) &name##_tiles
+#define NSA_TILES_selected_dq(name) &name##_tiles
+#define NSA_TILES_selected_dkdv(name) &name##_tiles
+#define NSA_TILES_range_forward(name) nullptr
+#define NSA_TILES_range_dq(name) nullptr
+#define NSA_TILES_range_dkdv(name) nullptr
+#define NSA_TILES_select_blocks(name) nullptr
+
 constexpr Instance kInstances[] = {
-#define NSA_ROW(family, operation, dtype, dk, dv)                                                        \
-  with({family, Operation::operation, dtype, dk, dv, #family "." #operation "." #dtype "." #dk "." #dv}, \
+#define NSA_ROW(family, operation, dtype, dk, dv)                                                       \
+  with({family, Operation::operation, dtype, dk, dv, #family "." #operation "." #dtype "." #dk "." #dv, \
+        NSA_TILES_##operation(family##_##operation##_##dtype##_##dk##_##dv)},                           \
        &family##_##operation##_##dtype##_##dk##_##dv),
 #include "instances.inc"
 #undef NSA_ROW

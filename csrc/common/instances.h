@@ -22,7 +22,8 @@ struct Instance {
   Operation operation;
   Dtype dtype;
   int dk, dv;
-  const char* name;  // "sm80.selected_forward.bfloat16.128.128"
+  const char* name;     // "sm80.selected_forward.bfloat16.128.128"
+  TilesOfKernel tiles;  // null but in selected attention
   // the one that fits the operation
   ForwardKernel forward = nullptr;
   BackwardKernel backward = nullptr;

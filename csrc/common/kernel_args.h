@@ -83,6 +83,8 @@ struct Launch {
 };
 using ForwardKernel = Status (*)(const ForwardArgs&, const Launch&);
 using BackwardKernel = Status (*)(const BackwardArgs&, const Launch&);
+// What it takes at a time on such a device, with G heads to a group.
+using TilesOfKernel = KernelTiles (*)(const Launch&, int group);
 
 // common/backward_steps.cu
 struct StatsInputs {

@@ -4,6 +4,7 @@
 #include <exception>
 
 #include "cpu/cpu.h"
+#include "host/problem.h"
 #include "host/validate.h"
 
 #ifdef NSA_WITH_CUDA
@@ -105,6 +106,25 @@ Status block_selection_workspace(const BlockSelection& args, std::size_t* bytes)
 }
 
 Status select_blocks(const BlockSelection& args) { return check_and_run(args); }
+
+Status choose_selected_attention(const SelectedAttentionProblem& problem, const GpuModel& gpu,
+                                 SelectedAttentionChoice* choice) {
+  if (choice == nullptr) return invalid_argument("choice is null; allowed is the address of a SelectedAttentionChoice");
+  NSA_RETURN_IF_ERROR(validate(problem));
+  if (problem.device != Device::kCuda) {
+    return invalid_argument("device is cpu; allowed is cuda: the CPU backend has one kernel a dtype");
+  }
+  if (gpu.compute_capability != 0) {
+    NSA_RETURN_IF_ERROR(check_at_least("gpu.compute_capability", gpu.compute_capability, 1));
+    NSA_RETURN_IF_ERROR(check_at_least("gpu.num_sms", gpu.num_sms, 1));
+    NSA_RETURN_IF_ERROR(check_at_least("gpu.shared_memory", gpu.shared_memory, 99 * 1024));
+  }
+#ifdef NSA_WITH_CUDA
+  return cuda::choose_kernels(problem, gpu, choice);
+#else
+  return {};  // validate() has refused it
+#endif
+}
 
 Status selected_attention_kernel(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes) {
   if (name == nullptr) return invalid_argument("name is null; allowed is the address of name_bytes characters");

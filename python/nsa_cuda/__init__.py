@@ -12,6 +12,7 @@ from nsa_cuda.attention import (
     selected_attention,
     sliding_window_attention,
 )
+from nsa_cuda.kernels import selected_attention_kernels
 
 try:
     __version__ = metadata.version("nsa_cuda")
@@ -27,5 +28,6 @@ __all__ = [
     "reference",
     "select_blocks",
     "selected_attention",
+    "selected_attention_kernels",
     "sliding_window_attention",
 ]

@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 from nsa_cuda import _C
+from nsa_cuda.kernels import GPUS, selected_attention_kernels
 
 
 def cmake_dir() -> Path:
@@ -33,8 +36,36 @@ def report() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nsa_cuda", description="What this installation of nsa_cuda holds.")
     parser.add_argument("--cmakedir", action="store_true", help="print the folder for CMake's find_package(nsa_cuda)")
+    choose = parser.add_argument_group("kernels of selected attention for a shape")
+    choose.add_argument("--choose", action="store_true", help="print them and what they take at a time")
+    choose.add_argument("--seqlen", type=int, default=65536, help="T (65536)")
+    choose.add_argument("--heads", type=int, nargs=2, default=(64, 4), metavar=("HQ", "HKV"), help="(64 4)")
+    choose.add_argument("--dims", type=int, nargs=2, default=(128, 128), metavar=("DK", "DV"), help="(128 128)")
+    choose.add_argument("--block-size", type=int, default=64, help="(64)")
+    choose.add_argument("--topk", type=int, default=16, help="blocks a query (16)")
+    choose.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    choose.add_argument("--backend", choices=("sm80", "sm90"))
+    choose.add_argument("--gpu", choices=tuple(GPUS), help="the current device without it")
     arguments = parser.parse_args()
-    print(cmake_dir() if arguments.cmakedir else report())
+    if not arguments.choose:
+        print(cmake_dir() if arguments.cmakedir else report())
+        return
+    try:
+        kernels = selected_attention_kernels(
+            seqlen=arguments.seqlen,
+            heads_q=arguments.heads[0],
+            heads_k=arguments.heads[1],
+            dim_qk=arguments.dims[0],
+            dim_v=arguments.dims[1],
+            block_size=arguments.block_size,
+            topk=arguments.topk,
+            dtype=getattr(torch, arguments.dtype),
+            backend=arguments.backend,
+            gpu=arguments.gpu,
+        )
+    except (ValueError, NotImplementedError) as error:
+        parser.error(str(error))
+    print(kernels)
 
 
 if __name__ == "__main__":

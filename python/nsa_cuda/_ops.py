@@ -155,6 +155,45 @@ def _problem(
     )
 
 
+def problem_of_sizes(
+    dtype: torch.dtype,
+    backend: str | None,
+    batch: int,
+    seqlen: int,
+    heads_q: int,
+    heads_k: int,
+    dim_qk: int,
+    dim_v: int,
+    block_size: int,
+    topk: int,
+    causal: bool,
+) -> Any:
+    """A problem on CUDA without its tensors: for questions about sizes."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))}, was {backend!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: must be one of {', '.join(map(str, _DTYPES))}, was {dtype}")
+    no_indices = (0, False, 0, 0, 0, 0)
+    no_counts = (0, False, 0, 0, 0)
+    sizes = (batch, seqlen, seqlen, heads_q, heads_k, dim_qk, dim_v, block_size, topk)
+    return native().Problem(
+        _DEVICES["cuda"],
+        BACKENDS[backend],
+        _DTYPES[dtype],
+        *sizes,
+        causal,
+        1.0,
+        0,
+        0,
+        0,
+        False,
+        0,
+        no_indices,
+        no_counts,
+        -1,
+    )
+
+
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)

@@ -68,6 +68,30 @@ void check_names(Tally& tally) {
               nsa::cuda_toolkit());
 }
 
+// What would run where, without a GPU.
+void check_choice(Tally& tally) {
+  const nsa::GpuModel h100 = {90, 132, 232448};
+  nsa::SelectedAttentionProblem problem = valid_problem();
+  nsa::SelectedAttentionChoice choice;
+  nsa::Status status = nsa::choose_selected_attention(problem, h100, &choice);
+  tally.check(status.code == nsa::StatusCode::kInvalidArgument, "a choice was made for the CPU");
+  problem.device = nsa::Device::kCuda;
+  problem.dtype = nsa::Dtype::kBFloat16;
+  problem.head_dim_qk = problem.head_dim_v = 128;
+  problem.block_size = 64;
+  status = nsa::choose_selected_attention(problem, h100, nullptr);
+  tally.check(status.code == nsa::StatusCode::kInvalidArgument, "a null choice was accepted");
+  status = nsa::choose_selected_attention(problem, h100, &choice);
+  if (!nsa::built_with_cuda()) {
+    tally.check(status.code == nsa::StatusCode::kNotSupported, "a choice was made of no kernels");
+    return;
+  }
+  tally.check(status.ok() && std::strstr(choice.forward.name, ".selected_forward.bfloat16.128.128") != nullptr,
+              "the forward is '%s' (%s)", choice.forward.name, status.message);
+  tally.check(choice.dkdv.tiles.keys == 64 && choice.dkdv.tiles.shared_memory <= h100.shared_memory,
+              "dK and dV take %d keys and %d bytes", choice.dkdv.tiles.keys, choice.dkdv.tiles.shared_memory);
+}
+
 // A call that lacks its tensors or its workspace is refused, not run.
 void check_pointers(Tally& tally) {
   nsa::SelectedAttentionForward args;
@@ -84,5 +108,6 @@ void check_pointers(Tally& tally) {
 void check_api(Tally& tally) {
   check_refusals(tally);
   check_names(tally);
+  check_choice(tally);
   check_pointers(tally);
 }

@@ -141,6 +141,39 @@ NSA_API Status selected_attention(const SelectedAttentionBackward& args);
 // The kernels that the call would run, e.g. "sm80.selected_forward.bfloat16.128.128"; for tests and reports.
 NSA_API Status selected_attention_kernel(const SelectedAttentionProblem& problem, char* name, std::size_t name_bytes);
 
+// A GPU, by what the choice of kernels depends on. An H100 SXM is {90, 132, 232448}.
+struct GpuModel {
+  std::int32_t compute_capability = 0;  // 10 major + minor; 0: the current device, and the rest is asked of it
+  std::int32_t num_sms = 0;
+  std::int32_t shared_memory = 0;  // bytes that a CTA may ask for
+};
+
+// What a kernel takes at a time.
+struct KernelTiles {
+  std::int32_t query_rows = 0;  // (token, head of the group) pairs: of a CTA in forward and dQ, of a stage in dK, dV
+  std::int32_t keys = 0;        // of a stage in forward and dQ, of a CTA in dK, dV
+  std::int32_t stages = 0;
+  std::int32_t threads = 0, shared_memory = 0;  // of a CTA; shared_memory in bytes
+  std::int32_t ctas = 0;                        // of an SM
+};
+
+struct KernelChoice {
+  char name[64] = {};  // "sm90.selected_forward.bfloat16.128.128"
+  KernelTiles tiles;
+};
+
+// What selected attention runs for a problem, in the forward and in a backward with dq, dk and dv.
+struct SelectedAttentionChoice {
+  KernelChoice forward, dq, dkdv;
+  // dK's kernel leaves dS for dQ's in windows of this many q rows (tokens); 0: dQ's computes it again.
+  std::int64_t windows = 0, window_rows = 0;
+};
+
+// CUDA: a function of sizes, dtype, backend and the GPU alone; no GPU is needed where `gpu` says which. Tensors count
+// as contiguous.
+NSA_API Status choose_selected_attention(const SelectedAttentionProblem& problem, const GpuModel& gpu,
+                                         SelectedAttentionChoice* choice);
+
 // Which run of keys a query at position p sees, clamped to its sequence.
 //   kWindow      causal: the w tokens (p - w, p]; otherwise the tokens with |key - p| < w
 //   kCompressed  compressed key i stands for the tokens [i d, i d + l); causal: those with i d + l - 1 <= p; otherwise

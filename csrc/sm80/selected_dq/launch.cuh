@@ -6,13 +6,19 @@
 namespace nsa::sm80::selected_dq {
 
 template <typename Config>
+KernelTiles tiles(const cuda::Launch& device, int) {
+  return cuda::key_ring_tiles<Config>(device, Config::choose_warps(device.shared_memory));
+}
+
+template <typename Config>
 Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_query_tiles<Config>("selected attention dq", kernel<Config>, args, device,
-                                          Config::choose_warps(device.shared_memory));
+  return cuda::launch_key_ring("selected attention dq", kernel<Config>, tiles<Config>(device, args.group), args,
+                               device);
 }
 
 }  // namespace nsa::sm80::selected_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv) \
-  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm80::selected_dq, launch<Config<ElementOf_##dtype, dk, dv>>)
+#define NSA_INSTANCE(name, dtype, dk, dv)                                                               \
+  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm80::selected_dq, launch<Config<ElementOf_##dtype, dk, dv>>) \
+  NSA_DEFINE_TILES(name, sm80::selected_dq, tiles<Config<ElementOf_##dtype, dk, dv>>)

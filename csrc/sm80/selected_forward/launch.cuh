@@ -6,13 +6,19 @@
 namespace nsa::sm80::selected_forward {
 
 template <typename Config>
+KernelTiles tiles(const cuda::Launch& device, int) {
+  return cuda::key_ring_tiles<Config>(device, Config::choose_warps(device.shared_memory));
+}
+
+template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_query_tiles<Config>("selected attention forward", kernel<Config>, args, device,
-                                          Config::choose_warps(device.shared_memory));
+  return cuda::launch_key_ring("selected attention forward", kernel<Config>, tiles<Config>(device, args.group), args,
+                               device);
 }
 
 }  // namespace nsa::sm80::selected_forward
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv) \
-  NSA_DEFINE_INSTANCE(name, ForwardArgs, sm80::selected_forward, launch<Config<ElementOf_##dtype, dk, dv>>)
+#define NSA_INSTANCE(name, dtype, dk, dv)                                                                   \
+  NSA_DEFINE_INSTANCE(name, ForwardArgs, sm80::selected_forward, launch<Config<ElementOf_##dtype, dk, dv>>) \
+  NSA_DEFINE_TILES(name, sm80::selected_forward, tiles<Config<ElementOf_##dtype, dk, dv>>)

@@ -15,6 +15,12 @@ Status launch_config(const cuda::BackwardArgs& args, const cuda::Launch& device)
   return cuda::launch_block_ring<Config>(kWhat, kernel<Config>, args, device, map);
 }
 
+// The same whether 16 divides G or not.
+template <typename Element, int kDk, int kDv>
+KernelTiles tiles(const cuda::Launch&, int) {
+  return cuda::block_ring_tiles<Config<Element, kDk, kDv, true>>();
+}
+
 template <typename Element, int kDk, int kDv>
 Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
   return args.group % 16 == 0 ? launch_config<Config<Element, kDk, kDv, true>>(args, device)
@@ -24,5 +30,6 @@ Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm90::selected_dq
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv) \
-  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm90::selected_dq, launch<ElementOf_##dtype, dk, dv>)
+#define NSA_INSTANCE(name, dtype, dk, dv)                                                       \
+  NSA_DEFINE_INSTANCE(name, BackwardArgs, sm90::selected_dq, launch<ElementOf_##dtype, dk, dv>) \
+  NSA_DEFINE_TILES(name, sm90::selected_dq, tiles<ElementOf_##dtype, dk, dv>)

@@ -6,6 +6,11 @@
 namespace nsa::sm90::selected_forward {
 
 template <typename Config>
+KernelTiles tiles(const cuda::Launch&, int) {
+  return cuda::block_ring_tiles<Config>();
+}
+
+template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
   constexpr const char* kWhat = "selected attention forward";
   const int rows = args.plan.block_size < Config::kKeys ? args.plan.block_size : Config::kKeys;
@@ -21,5 +26,6 @@ Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
 }  // namespace nsa::sm90::selected_forward
 
 // One compiled kernel; lines of instances.cmake become files that use this.
-#define NSA_INSTANCE(name, dtype, dk, dv) \
-  NSA_DEFINE_INSTANCE(name, ForwardArgs, sm90::selected_forward, launch<Config<ElementOf_##dtype, dk, dv>>)
+#define NSA_INSTANCE(name, dtype, dk, dv)                                                                   \
+  NSA_DEFINE_INSTANCE(name, ForwardArgs, sm90::selected_forward, launch<Config<ElementOf_##dtype, dk, dv>>) \
+  NSA_DEFINE_TILES(name, sm90::selected_forward, tiles<Config<ElementOf_##dtype, dk, dv>>)
