@@ -63,7 +63,7 @@ Status launch_key_ring(const char* what, Kernel* kernel, const KernelTiles& tile
   const int warps = tiles.query_rows / 16;
   const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
   return launch_kernel(what, kernel, tile_grid(args, per_head, device), tiles.threads, tiles.shared_memory,
-                       device.stream, args, static_cast<int>(tiles.stages), warps, per_head);
+                       device.stream, args, tiles.stages, warps, per_head);
 }
 
 // The same with a ring of blocks (device/block_ring.cuh). maps: what it loads by TMA.

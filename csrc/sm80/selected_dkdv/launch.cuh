@@ -17,7 +17,7 @@ Status launch(const cuda::BackwardArgs& args, const cuda::Launch& device) {
   const int key_parts = (args.plan.block_size + Config::kKeys - 1) / Config::kKeys;
   return cuda::launch_kernel("selected attention dk, dv", kernel<Config>,
                              dim3(static_cast<unsigned>(args.index.max_items), key_parts), t.threads, t.shared_memory,
-                             device.stream, args, static_cast<int>(t.stages));
+                             device.stream, args, t.stages);
 }
 
 }  // namespace nsa::sm80::selected_dkdv

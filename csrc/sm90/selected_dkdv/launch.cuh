@@ -39,8 +39,7 @@ Status launch_config(const cuda::BackwardArgs& args, const RowMaps& maps, const 
   const KernelTiles tiles = tiles_of<Config>(device);
   const int key_parts = (args.plan.block_size + Config::kKeys - 1) / Config::kKeys;
   return cuda::launch_kernel(kWhat, kernel<Config>, dim3(static_cast<unsigned>(args.index.max_items), key_parts),
-                             tiles.threads, tiles.shared_memory, device.stream, args, maps,
-                             static_cast<int>(tiles.stages));
+                             tiles.threads, tiles.shared_memory, device.stream, args, maps, tiles.stages);
 }
 
 template <typename Element, int kDk, int kDv>
