@@ -360,11 +360,9 @@ Status choose_kernels(const SelectedAttentionProblem& p, const GpuModel& model, 
   set(*backward.dq, &choice->dq);
   set(*backward.dkdv, &choice->dkdv);
   if (!backward.share_ds()) return status;
-  SelectedAttentionBackward all;  // wants dq, dk and dv; their addresses aren't used
-  all.problem = p;
-  all.dq.data = all.dk.data = all.dv.data = choice;
   Carver carver(nullptr);
-  const Windows windows = carve_backward(all, backward, carver).device.index.windows;
+  const TilePlan tiles = carve_tiles(p, backward.dq, carver);
+  const Windows windows = choose_windows(p, tiles.plan, tiles.unions.warps, true);
   choice->windows = windows.count;
   choice->window_rows = windows.rows;
   return status;

@@ -43,39 +43,30 @@ Status launch_kernel(const char* what, Kernel* kernel, dim3 grid, int threads, i
   return cuda_status(error, what);
 }
 
-// CTAs of a kernel over query tiles (device/query_tile.cuh): one an SM, or one a tile where those are fewer.
-template <typename Args>
-dim3 tile_grid(const Args& args, int tiles_per_head, const Launch& device) {
-  const int tiles = tiles_per_head * args.num_heads_k;
-  return dim3(tiles < device.num_sms ? tiles : device.num_sms);
-}
-
-// Such a kernel with a ring of keys (device/key_ring.cuh): `warps` consumers and as many stages as fit.
+// What a kernel over query tiles (device/query_tile.cuh) takes at a time: with a ring of keys (device/key_ring.cuh)
+// `warps` consumers and as many stages as fit, ...
 template <typename Config>
 KernelTiles key_ring_tiles(const Launch& device, int warps) {
   const int stages = Config::num_stages(device.shared_memory, warps);
   return {16 * warps, Config::kKeys, stages, 32 * (warps + Config::kProducerWarps), Config::shared_bytes(stages, warps),
           1};
 }
-template <typename Kernel, typename Args>
-Status launch_key_ring(const char* what, Kernel* kernel, const KernelTiles& tiles, const Args& args,
-                       const Launch& device) {
-  const int warps = tiles.query_rows / 16;
-  const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
-  return launch_kernel(what, kernel, tile_grid(args, per_head, device), tiles.threads, tiles.shared_memory,
-                       device.stream, args, tiles.stages, warps, per_head);
-}
-
-// The same with a ring of blocks (device/block_ring.cuh). maps: what it loads by TMA.
+// ... and with a ring of blocks (device/block_ring.cuh).
 template <typename Config>
 KernelTiles block_ring_tiles() {
   return {16 * Config::kMaxWarps, Config::kKeys, Config::kKeyStages, Config::kThreads, Config::kUsedBytes, 1};
 }
-template <typename Config, typename Kernel, typename Args, typename Maps>
-Status launch_block_ring(const char* what, Kernel* kernel, const Args& args, const Launch& device, const Maps& maps) {
-  const Divisor per_head = (args.plan.units.max_units + Config::kMaxWarps - 1) / Config::kMaxWarps;
-  return launch_kernel(what, kernel, tile_grid(args, per_head, device), Config::kThreads, Config::kUsedBytes,
-                       device.stream, args, maps, per_head);
+
+// Launches such a kernel: a CTA per SM, or per tile where those are fewer. more: what it takes between its arguments
+// and the number of tiles a head.
+template <typename Kernel, typename Args, typename... More>
+Status launch_query_tiles(const char* what, Kernel* kernel, const KernelTiles& tiles, const Args& args,
+                          const Launch& device, const More&... more) {
+  const int warps = tiles.query_rows / 16;
+  const Divisor per_head = (args.plan.units.max_units + warps - 1) / warps;
+  const int count = per_head * args.num_heads_k;
+  return launch_kernel(what, kernel, dim3(count < device.num_sms ? count : device.num_sms), tiles.threads,
+                       tiles.shared_memory, device.stream, args, more..., per_head);
 }
 
 }  // namespace nsa::cuda

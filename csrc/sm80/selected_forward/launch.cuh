@@ -12,8 +12,9 @@ KernelTiles tiles(const cuda::Launch& device, int) {
 
 template <typename Config>
 Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
-  return cuda::launch_key_ring("selected attention forward", kernel<Config>, tiles<Config>(device, args.group), args,
-                               device);
+  const KernelTiles t = tiles<Config>(device, args.group);
+  return cuda::launch_query_tiles("selected attention forward", kernel<Config>, t, args, device, t.stages,
+                                  t.query_rows / 16);
 }
 
 }  // namespace nsa::sm80::selected_forward

@@ -12,7 +12,7 @@ Status launch_config(const cuda::BackwardArgs& args, const cuda::Launch& device)
   const Status status =
       cuda::make_tensor_map(kWhat, args.k, args.plan.total_k, args.num_heads_k, Config::kDk, Config::kKeys, &map);
   if (!status.ok()) return status;
-  return cuda::launch_block_ring<Config>(kWhat, kernel<Config>, args, device, map);
+  return cuda::launch_query_tiles(kWhat, kernel<Config>, cuda::block_ring_tiles<Config>(), args, device, map);
 }
 
 // The same whether 16 divides G or not.

@@ -20,7 +20,7 @@ Status launch(const cuda::ForwardArgs& args, const cuda::Launch& device) {
     status = cuda::make_tensor_map(kWhat, args.v, args.plan.total_k, args.num_heads_k, Config::kDv, rows, &maps.v);
   }
   if (!status.ok()) return status;
-  return cuda::launch_block_ring<Config>(kWhat, kernel<Config>, args, device, maps);
+  return cuda::launch_query_tiles(kWhat, kernel<Config>, tiles<Config>(device, args.group), args, device, maps);
 }
 
 }  // namespace nsa::sm90::selected_forward
