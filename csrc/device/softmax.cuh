@@ -54,17 +54,16 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int i = 0; i < 4; ++i) chain[i] = fmaxf(chain[i], s[n][i]);
     }
-    float highest[2] = {fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3])};
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 1));
-      highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 2)) * scale_log2;
-    }
+    // Of this lane's columns. The other lanes' are asked for where some row's maximum moves: in most blocks none does,
+    // and four shuffles in every block were 2 % of the forward.
+    float highest[2] = {fmaxf(chain[0], chain[1]) * scale_log2, fmaxf(chain[2], chain[3]) * scale_log2};
     const bool moves =
         __any_sync(kFullWarp, highest[0] > max2[0] + kRescaleThreshold || highest[1] > max2[1] + kRescaleThreshold);
     if (moves) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 1));
+        highest[r] = fmaxf(highest[r], __shfl_xor_sync(kFullWarp, highest[r], 2));
         const float moved = fmaxf(max2[r], highest[r]);
         factor[r] = moved == -INFINITY ? 1.f : exp2_approx(max2[r] - moved);
         max2[r] = moved;
@@ -120,7 +119,7 @@ struct OnlineSoftmax {
     return total;
   }
   __device__ __forceinline__ float lse(int r, float total) const {
-    return total == 0.f ? -INFINITY : max2[r] * kLn2 + logf(total);
+    return total == 0.f ? -INFINITY : (max2[r] + __log2f(total)) * kLn2;
   }
 };
 
