@@ -112,19 +112,19 @@ struct Visibility {
   __device__ __forceinline__ Visibility(uint32_t shared, int warp, int lane)
       : places(shared + 8 * (16 * warp + lane / 4)) {}
 
-  // What set_rows() wants to know of row lane % 16 of the warp's unit; first_token: of the tile.
-  static __device__ __forceinline__ int2 row_place(const QueryTile& tile, const Unit& unit, int first_token,
-                                                   const cuda::Plan& plan, const cuda::Divisor& group, int lane) {
-    const QueryTile::Row row = tile.row(unit, lane % 16, group);
-    return row.real ? int2{row.token - first_token, __ldg(plan.last_key + row.token)} : int2{0, -1};
-  }
-  __device__ __forceinline__ void set_rows(int2 place, int lane) const {
-    if (lane < 16) {
-      const uint32_t to = places + 8 * (lane - lane / 4);
-      store_shared(to, place.x);
-      store_shared(to + 4, place.y);
+  // Makes `places` those of the warp's rows; first_token: of the tile. By cp.async, since a last key takes 700 cycles
+  // to come: they are there when the rows themselves are.
+  __device__ __forceinline__ void copy_rows(const QueryTile& tile, const Unit& unit, int first_token,
+                                            const cuda::Plan& plan, const cuda::Divisor& group, int lane) const {
+    if (lane >= 16) return;
+    const QueryTile::Row row = tile.row(unit, lane, group);
+    const uint32_t to = places + 8 * (lane - lane / 4);
+    store_shared(to, row.real ? row.token - first_token : 0);
+    if (row.real) {
+      copy4_async(to + 4, plan.last_key + row.token, true);
+    } else {
+      store_shared(to + 4, -1);
     }
-    __syncwarp();
   }
 
   // False where the warp sees nothing of the stage that `info` describes; the same answer in all lanes. Most stages of

@@ -32,7 +32,7 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
   __syncwarp();  // every lane is done with the last tile's rows
-  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
+  sees.copy_rows(tile, unit, first_token, a.plan, a.group, lane);
   copy_tile<Config::kDk>(own, a.q, tile, unit, a.group, lane);
   copy_tile<Config::kDv>(own + 16 * device::Tile<Config::kDk>::kRowBytes, a.dout, tile, unit, a.group, lane);
 #pragma unroll
@@ -44,7 +44,6 @@ __device__ __forceinline__ void load_rows(const BackwardArgs& a, const QueryTile
     lse2[r] = stats.lse2;
     delta[r] = stats.delta;
   }
-  sees.set_rows(place, lane);
   device::wait_copies();
   __syncwarp();
 }

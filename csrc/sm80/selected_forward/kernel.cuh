@@ -23,7 +23,7 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
   const char* q[2];
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
-  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
+  sees.copy_rows(tile, unit, first_token, a.plan, a.group, lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const QueryTile::Row row = tile.row(unit, lane / 4 + 8 * r, a.group);
@@ -37,8 +37,9 @@ __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile&
       rows.q.fragments[step][i] = from ? __ldg(reinterpret_cast<const unsigned*>(from + 32 * step + 16 * (i >> 1))) : 0;
     }
   }
-  sees.set_rows(place, lane);
   rows.softmax.reset();
+  device::wait_copies();
+  __syncwarp();
 }
 
 // One stage of keys.

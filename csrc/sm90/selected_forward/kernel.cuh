@@ -17,15 +17,14 @@ struct KeyMaps {
   CUtensorMap k, v;
 };
 
-// Q of the warpgroup's rows into shared memory.
+// Asks for Q of the warp's rows and what they see.
 template <typename Config>
 __device__ __forceinline__ void load_rows(const ForwardArgs& a, const QueryTile& tile, uint32_t q, int warp, int lane,
                                           const device::Visibility<Config>& sees) {
   const Unit unit(a.plan.units, tile.first_unit + warp, a.group);
   const int first_token = Unit(a.plan.units, tile.first_unit, a.group).first_token;
-  const int2 place = sees.row_place(tile, unit, first_token, a.plan, a.group, lane);
+  sees.copy_rows(tile, unit, first_token, a.plan, a.group, lane);
   device::copy_unit<Config::kDk>(q, a.q, tile, unit, a.group, warp, lane);
-  sees.set_rows(place, lane);
 }
 
 // The products of the walk (device/warpgroup_tile.cuh): S = Q K^T, O += P V.
