@@ -57,7 +57,9 @@ __device__ __forceinline__ uint64_t uniform_descriptor(uint32_t shared, uint32_t
   return whole_descriptor(__shfl_sync(kFullWarp, low_descriptor(shared, leading), 0));
 }
 // `bytes` further; the address counts 16 bytes and stays below 256 KiB.
-__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) {
+  return whole_descriptor(static_cast<uint32_t>(descriptor) + (bytes >> 4));
+}
 
 // acc[64 x 64 rows of b] = a b^T, both BoxTiles of 64 columns a box; a of 64 rows.
 template <typename Element, int kDim, int kRows>

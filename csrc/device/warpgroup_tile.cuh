@@ -1,15 +1,16 @@
 // The consumers of the Hopper forward: a warpgroup of four units (64 rows) goes through the blocks of its tile. What it
 // computes is a Pass; the numbers that it gets are stages of the ring, of keys or of values:
 //   start_scores(key_stage)      starts the product that weighs a block's keys, S
-//   weigh(value_stage, flags)    turns it into the operand of the sum, P, in registers that no product uses
-//   settle()                     behind weigh, once no product is in flight: makes that operand the next sum's
+//   weigh(value_stage, flags)    turns it into the operand of the sum, P
 //   start_sum(value_stage)       starts the sum over the block's keys, O += P V
 //   score(key_stage)             S for one warp's unit, by mma.sync
 //   add(value_stage, flags)      weighs it and adds P V
 //   hold_scores(), hold_sum()    keep the compiler from touching either before its product is done
 //
-// While one block is weighed, the tensor cores do the sum of the block before: without that overlap the tensor cores
-// stood still for a third of the time.
+// A block's sum runs while the next block is looked for; the tensor cores' work while a warpgroup weighs is the other
+// warpgroups'. With the sum under the next block's weighing instead, the values are held longer and what is in
+// registers, too: 64K clustered tokens took 5.1 ms for 4.8, uniform ones 12.2 for 12.0. Nothing in flight while it
+// looks: 5.2 and 12.1.
 //
 // The tile's last blocks are those that no three units of a warpgroup share. There the warps part: each takes its own
 // unit's alone, reads its own rows of Q alone, and goes on to the next tile's without the others. Up to as many blocks
@@ -67,40 +68,24 @@ struct StageWalk {
 template <typename Shape, typename Pass>
 __device__ __forceinline__ void walk_stages(BlockRing<Shape>& ring, int warpgroup, int lane, Pass& pass) {
   StageWalk<Shape> walk(ring, warpgroup, lane);
-  while (const unsigned first = walk.find(-1)) {
+  unsigned flags = walk.find(-1);
+  while (flags) {
+    const int held = walk.value_stage;
     wgmma_fence();
     pass.start_scores(walk.key_stage);
     wgmma_commit();
     wgmma_wait<0>();
     pass.hold_scores();
     walk.release_keys();
-    pass.weigh(walk.value_stage, first);
-    pass.settle();
-    int held = walk.value_stage;
-    while (const unsigned next = walk.find(held)) {
-      pass.hold_sum();
-      wgmma_fence();
-      pass.start_scores(walk.key_stage);
-      wgmma_commit();
-      pass.start_sum(held);
-      wgmma_commit();
-      wgmma_wait<1>();
-      pass.hold_scores();
-      walk.release_keys();
-      pass.weigh(walk.value_stage, next);
-      wgmma_wait<0>();
-      pass.hold_sum();
-      walk.release_values(held);
-      pass.settle();
-      held = walk.value_stage;
-    }
-    pass.hold_sum();
+    pass.weigh(held, flags);
     wgmma_fence();
     pass.start_sum(held);
     wgmma_commit();
+    flags = walk.find(held);
     wgmma_wait<0>();
     pass.hold_sum();
     walk.release_values(held);
+    if (!flags) flags = walk.find(-1);
   }
   sync_warpgroup(warpgroup);  // no product of the other warps reads this one's rows any more
   while (!walk.ended) {

@@ -39,8 +39,6 @@ struct Pass {
   device::OnlineSoftmax<Config::kDv> softmax;
   float s[Config::kKeys / 8][4];
   uint32_t p[Config::kKeys / 16][4];
-  float factor[2];
-  bool any, moved;
 
   __device__ __forceinline__ Pass(const ForwardArgs& a, const BlockRing<Config>& ring_, int warp_, int lane_)
       : ring(ring_),
@@ -61,14 +59,16 @@ struct Pass {
   __device__ __forceinline__ void hold_sum() { device::hold(softmax.o); }
   // A warp whose unit chose nothing of the stage adds nothing.
   __device__ __forceinline__ void weigh(int stage, unsigned flags) {
-    any = (flags & device::StageFlags::any(warp)) != 0;
-    moved = false;
-    if (!any) return;
+    if (!(flags & device::StageFlags::any(warp))) {
+      device::clear(p);
+      return;
+    }
     sees.set_everything();
     if (!(flags & device::StageFlags::all(warp))) sees.read(ring.info(stage), block_size);
-    float scale = scale_log2;
-    moved = softmax.follow_maximum(s, factor, sees, scale, lane);
+    float scale = scale_log2, factor[2];
+    if (softmax.follow_maximum(s, factor, sees, scale, lane)) softmax.rescale(factor);
     softmax.exponentiate(s, scale);
+    device::round_to_operand<Element, Config::kKeys>(p, s);
   }
   __device__ __forceinline__ unsigned unit_flag() const { return device::StageFlags::any(warp); }
   __device__ __forceinline__ void score(int stage) {
@@ -79,17 +79,8 @@ struct Pass {
   }
   __device__ __forceinline__ void add(int stage, unsigned flags) {
     weigh(stage, flags);
-    settle();
     device::multiply<Element, Config::kDv, Config::kKeys, Config::kDv, typename Config::TileV>(
         softmax.o, p, ring.values(stage), lane);
-  }
-  __device__ __forceinline__ void settle() {
-    if (moved) softmax.rescale(factor);
-    if (any) {
-      device::round_to_operand<Element, Config::kKeys>(p, s);
-    } else {
-      device::clear(p);
-    }
   }
 };
 
