@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int dk, int 
   const uint64_t begin = work[blockIdx.x];
   const int chunks = static_cast<int>(static_cast<uint32_t>(work[blockIdx.x + 1]) - static_cast<uint32_t>(begin));
   if (chunks <= 1) return;
-  const int head = blockIdx.x / a.plan.num_blocks;
-  const int2 block = a.plan.blocks[blockIdx.x - head * a.plan.num_blocks];
+  const int list = a.index.nth_list(a.index.first_list() + blockIdx.x) - a.index.first_list();
+  const int head = list / a.plan.num_blocks;
+  const int2 block = a.plan.blocks[list - head * a.plan.num_blocks];
   const int dims = dk + dv;
   const int64_t tile = static_cast<int64_t>(a.plan.block_size) * dims;
   const float* first = a.partials + static_cast<int64_t>((begin >> 32) - (*work >> 32)) * tile;

@@ -113,11 +113,12 @@ struct Windows {
 // List = (window * Hkv + kv head) * num_blocks + block.
 //
 // A list longer than `chunk` is split into work items of `chunk` entries whose results go to fp32 partial tiles, added
-// up later in the same fixed order every time. Items of list i: work_begin[i] .. work_begin[i + 1]; the low 32 bits
-// number the items of all lists, the high 32 bits the partial tiles.
+// up later in the same fixed order every time. Items of the i-th list in order: work_begin[i] .. work_begin[i + 1]; the
+// low 32 bits number the items of all lists, the high 32 bits the partial tiles.
 struct InvertedIndex {
   const int32_t* rows;         // [E] q rows
   const int64_t* list_begin;   // [num_lists + 1] where a list starts in rows
+  const int32_t* order;        // [num_lists] in which order lists are worked off; null: as they are numbered
   const uint64_t* work_begin;  // [num_lists + 1]
   // [Hkv, total_q, S], null: not wanted. Where an entry of the lists stands among those of its window; with two buffers
   // every second window counts from buffer_entries on. kTwoHalves: its block has more than 64 keys. kNoPlace: the list
@@ -133,6 +134,10 @@ struct InvertedIndex {
   int64_t max_partials;  // of a window
 
   __host__ __device__ int first_list() const { return window * window_lists; }
+#ifdef __CUDACC__
+  // The i-th list in order, both counted through all windows.
+  __device__ __forceinline__ int nth_list(int i) const { return order ? __ldg(order + i) : i; }
+#endif
   // What is added to a place in this window.
   __host__ __device__ int64_t first_place() const { return window % 2 ? buffer_entries : 0; }
 };

@@ -40,11 +40,12 @@ __device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane,
   const cuda::InvertedIndex& index = a.index;
   const uint64_t first_work = index.work_begin[index.first_list()];
   const unsigned number = static_cast<uint32_t>(first_work) + blockIdx.x;
-  const int list = find_list(index, number, lane);
-  if (list < 0) return false;
-  const uint64_t work = index.work_begin[list];
+  const int place = find_list(index, number, lane);
+  if (place < 0) return false;
+  const int list = index.nth_list(place);
+  const uint64_t work = index.work_begin[place];
   const int nth = static_cast<int>(number - static_cast<uint32_t>(work));
-  const bool split = static_cast<uint32_t>(index.work_begin[list + 1]) - static_cast<uint32_t>(work) > 1;
+  const bool split = static_cast<uint32_t>(index.work_begin[place + 1]) - static_cast<uint32_t>(work) > 1;
   item.head = (list - index.first_list()) / a.plan.num_blocks;
   const int2 block = a.plan.blocks[list - index.first_list() - item.head * a.plan.num_blocks];
   item.first_in_block = blockIdx.y * kKeys;
