@@ -17,8 +17,6 @@ using device::QueryTile;
 using device::StageFlags;
 using device::Unit;
 
-constexpr uint32_t kNoPlace = cuda::InvertedIndex::kNoPlace, kTwoHalves = cuda::InvertedIndex::kTwoHalves;
-
 // The tiles of a window: those whose last token lies in it, of every kv head.
 struct WindowTiles {
   int first, per_window, per_head;
@@ -53,6 +51,30 @@ struct WindowTiles {
   }
 };
 
+// Where the dS of a token's blocks lie, one after the other in ascending order; those of more than 64 keys twice.
+class PlaceWalk {
+ public:
+  __device__ __forceinline__ void start(const BackwardArgs& a, int head, bool real, int token) {
+    places_ = a.index.places + (static_cast<int64_t>(head) * a.plan.total_q + (real ? token : 0)) * a.plan.list_width;
+    entry_ = 0;
+    second_ = false;
+    at_ = real && a.plan.list_width > 0 ? __ldg(places_) : cuda::InvertedIndex::kNoPlace;
+  }
+  __device__ __forceinline__ bool ended() const { return at_ == cuda::InvertedIndex::kNoPlace; }
+  __device__ __forceinline__ uint32_t place() const { return at_ & ~cuda::InvertedIndex::kTwoHalves; }
+  __device__ __forceinline__ bool second_half() const { return second_; }
+  __device__ __forceinline__ void next(const BackwardArgs& a) {
+    second_ = !second_ && (at_ & cuda::InvertedIndex::kTwoHalves);
+    if (!second_) at_ = ++entry_ < a.plan.list_width ? __ldg(places_ + entry_) : cuda::InvertedIndex::kNoPlace;
+  }
+
+ private:
+  const uint32_t* places_;  // of the token's list
+  int entry_;
+  bool second_;
+  uint32_t at_;
+};
+
 // dS of a unit's rows, slice by slice: 64 keys of each row, those of its next block. Loads are kDepth - 1 slices ahead
 // of the products, by cp.async: from global memory into registers, ptxas waited for each load where the next was
 // issued. In shared memory [kDepth, 16 rows, 128 bytes], chunk c of row m at c ^ 2 (m & 3).
@@ -63,15 +85,12 @@ struct RowSlices {
   static constexpr int kDepth = Config::kDepth;
   uint32_t shared;
   int lane;
-  const uint32_t* places;  // of the row's list
+  PlaceWalk walk;  // to the slice to be asked for next
   bool real;
-  int head;     // of the group
-  int token;    // of the tile
-  int asked;    // slices
-  int used;     // of those multiplied
-  int entry;    // of the list, to be asked for next
-  bool second;  // its second 64 keys are
-  uint32_t at;  // its place
+  int head;   // of the group
+  int token;  // of the tile
+  int asked;  // slices
+  int used;   // of those multiplied
 
   __device__ __forceinline__ RowSlices(uint32_t shared_, int lane_) : shared(shared_), lane(lane_) {}
 
@@ -80,11 +99,8 @@ struct RowSlices {
     real = row.real;
     head = row.head - tile.head * a.group;
     token = real ? row.token - Unit(a.plan.units, tile.first_unit, a.group).first_token : 0;
-    const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? row.token : 0);
-    places = a.index.places + list * a.plan.list_width;
-    asked = used = entry = 0;
-    second = false;
-    at = real && a.plan.list_width > 0 ? __ldg(places) : kNoPlace;
+    walk.start(a, tile.head, real, row.token);
+    asked = used = 0;
     __syncwarp();  // every lane is done with the last tile's slices
 #pragma unroll
     for (int i = 0; i < kDepth - 1; ++i) ask(a, true);
@@ -92,15 +108,15 @@ struct RowSlices {
 
   // Asks for the next slice of the rows that `mine` says.
   __device__ __forceinline__ void ask(const BackwardArgs& a, bool mine) {
-    const bool wanted = mine && at != kNoPlace;
-    const uint32_t row = (at & ~kTwoHalves) * static_cast<uint32_t>(static_cast<int>(a.group)) + head;
+    const bool wanted = mine && !walk.ended();
+    const uint32_t row = walk.place() * static_cast<uint32_t>(static_cast<int>(a.group)) + head;
     const uint32_t slot = asked % kDepth;
     const unsigned rows = __ballot_sync(device::kFullWarp, wanted);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int m = lane / 8 + 4 * i;
       const uint32_t from = __shfl_sync(device::kFullWarp, row, m), to = __shfl_sync(device::kFullWarp, slot, m);
-      const bool part = __shfl_sync(device::kFullWarp, second, m);
+      const bool part = __shfl_sync(device::kFullWarp, walk.second_half(), m);
       const char* source = a.ds + (from + (part ? a.ds_rows : 0)) * int64_t{128} + 16 * (lane % 8);
       const uint32_t chunk = (lane % 8) ^ (2 * (m & 3));
       if (rows >> m & 1) device::copy16_async(shared + to * Config::kSliceBytes + m * 128 + (chunk << 4), source, true);
@@ -108,8 +124,7 @@ struct RowSlices {
     device::commit_copies();
     if (wanted) {
       ++asked;
-      second = !second && (at & kTwoHalves);
-      if (!second) at = ++entry < a.plan.list_width ? __ldg(places + entry) : kNoPlace;
+      walk.next(a);
     }
   }
 
@@ -142,12 +157,10 @@ struct RowSlices {
 template <typename Config>
 struct TokenSlices {
   static constexpr int kDepth = Config::kDepth;
-  uint32_t to, from;       // this lane's part of the first slot, to fill and to read
-  const char* source;      // of place 0
-  const uint32_t* places;  // of the token's list
-  int asked, used, entry;
-  bool second;
-  uint32_t at;
+  uint32_t to, from;   // this lane's part of the first slot, to fill and to read
+  const char* source;  // of place 0
+  PlaceWalk walk;
+  int asked, used;
 
   __device__ __forceinline__ TokenSlices(uint32_t shared, int lane)
       : to(shared + lane / 8 * 128 + ((lane % 8 ^ 2 * (lane / 8)) << 4)),
@@ -156,26 +169,22 @@ struct TokenSlices {
   __device__ __forceinline__ void start(const BackwardArgs& a, const QueryTile& tile, const Unit& unit) {
     const int lane = threadIdx.x % 32;
     const bool real = unit.real && unit.first_token < unit.end_token;
-    const int64_t list = static_cast<int64_t>(tile.head) * a.plan.total_q + (real ? unit.first_token : 0);
-    places = a.index.places + list * a.plan.list_width;
+    walk.start(a, tile.head, real, unit.first_token);
     source = a.ds + (unit.first_group + lane / 8) * 128 + 16 * (lane % 8);
-    asked = used = entry = 0;
-    second = false;
-    at = real && a.plan.list_width > 0 ? __ldg(places) : kNoPlace;
+    asked = used = 0;
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kDepth - 1; ++i) ask(a);
   }
 
   __device__ __forceinline__ void ask(const BackwardArgs& a) {
-    if (at != kNoPlace) {
-      const char* slice = source + (static_cast<int64_t>(at & ~kTwoHalves) * a.group + (second ? a.ds_rows : 0)) * 128;
+    if (!walk.ended()) {
+      const int64_t row = static_cast<int64_t>(walk.place()) * a.group + (walk.second_half() ? a.ds_rows : 0);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        device::copy16_async(to + asked % kDepth * Config::kSliceBytes + 512 * i, slice + 512 * i, true);
+        device::copy16_async(to + asked % kDepth * Config::kSliceBytes + 512 * i, source + row * 128 + 512 * i, true);
       ++asked;
-      second = !second && (at & kTwoHalves);
-      if (!second) at = ++entry < a.plan.list_width ? __ldg(places + entry) : kNoPlace;
+      walk.next(a);
     }
     device::commit_copies();
   }
