@@ -55,6 +55,7 @@ def test_threads_do_not_matter(target: Target, case: Case, one_thread):
 LARGE = {"Tq": 6000, "Tk": 6000, "Hq": 16, "Hkv": 1, "Dk": 128, "Dv": 128}
 RACES = [
     Case("race", S=8, indices="sink", **LARGE),
+    Case("race_short_lists", S=2, **LARGE),
     *both("race", window_size=512, kernel_size=32, kernel_stride=16, **LARGE),
 ]
 

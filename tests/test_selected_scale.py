@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accuracy import check, run
@@ -61,6 +63,23 @@ def test_the_sink_block_of_64k_tokens(target: Target):
     found = run(made, target.backend)
     lines = check_key_block(made, found, 0, 0, chunk=4096) + check_key_block(made, found, 1, 0)
     assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("target", CUDA_BF16)
+def test_short_lists_of_many_rows(target: Target):
+    """200 entries a block, 41 MB of q and dout a kv head: the dk, dv kernel then takes blocks by their lists' middle rows.
+    Every third block is in no list."""
+    case = Case("short_lists", Tq=5000, Tk=5000, Hq=32, Hkv=2, Dk=128, Dv=128, S=3)
+    made = long_inputs(case, target.device, target.dtype, seed=13)
+    lists = made.block_indices
+    made = replace(made, block_indices=lists.where(lists % 3 != 1, -1))
+    found = run(made, target.backend)
+    lines = check_rows(made, found, sample(case.Tq, target.device))
+    for block, head in ((0, 0), (2, 1), (42, 0), (78, 1)):
+        lines += check_key_block(made, found, block, head)
+    assert not lines, "\n".join(lines)
+    unread = torch.arange(case.Tk, device=target.device) // case.block_size % 3 == 1
+    assert not found["dk"][:, unread].any() and not found["dv"][:, unread].any()
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)
