@@ -18,10 +18,10 @@ struct Item {
   int partial;  // partial tile, -1: the list is in one piece
 };
 
-// Which of the window's lists holds work item `item`: a search with 32 probes a round, the same in every warp. -1:
-// there is no such item.
-__device__ __forceinline__ int find_list(const cuda::InvertedIndex& index, unsigned item, int lane) {
-  // the last list with work_begin <= item, in [low, high)
+// Where in their order the list stands that holds work item `item`: a search with 32 probes a round, the same in every
+// warp. -1: there is no such item.
+__device__ __forceinline__ int find_place(const cuda::InvertedIndex& index, unsigned item, int lane) {
+  // the last place with work_begin <= item, in [low, high)
   int low = index.first_list(), high = low + index.window_lists;
   if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
   while (high - low > 1) {
@@ -40,7 +40,7 @@ __device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane,
   const cuda::InvertedIndex& index = a.index;
   const uint64_t first_work = index.work_begin[index.first_list()];
   const unsigned number = static_cast<uint32_t>(first_work) + blockIdx.x;
-  const int place = find_list(index, number, lane);
+  const int place = find_place(index, number, lane);
   if (place < 0) return false;
   const int list = index.nth_list(place);
   const uint64_t work = index.work_begin[place];

@@ -103,7 +103,7 @@ inline constexpr int kWarpArrivals = 32;
 inline constexpr int kWarpArrivals = 1;
 #endif
 // By every lane of a warp that is in step. Without a branch: behind one ptxas no longer knows the warp to be in step,
-// keeps a ring's place in ordinary registers and shuffles and synchronises (WARPSYNC) to find a stage. That was 5 to 10
+// keeps a ring's place in ordinary registers and shuffles and synchronises (WARPSYNC) to find a stage. That was 1 to 8
 // % of the Hopper forward.
 __device__ __forceinline__ void arrive_in_step(uint32_t barrier, int lane) {
   asm volatile(

@@ -113,7 +113,7 @@ struct Visibility {
       : places(shared + 8 * (16 * warp + lane / 4)) {}
 
   // Makes `places` those of the warp's rows; first_token: of the tile. By cp.async, since a last key takes 700 cycles
-  // to come: they are there when the rows themselves are.
+  // to come: a warp waits for its copies and is in step before it reads them, and behind its last look at the old ones.
   __device__ __forceinline__ void copy_rows(const QueryTile& tile, const Unit& unit, int first_token,
                                             const cuda::Plan& plan, const cuda::Divisor& group, int lane) const {
     if (lane >= 16) return;
