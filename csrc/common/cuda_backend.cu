@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "common/dispatch.h"
+#include "common/integers.h"
 #include "sm90/selected_dq/config.h"
 #include "sm90/selected_forward/config.h"
 
@@ -212,12 +213,11 @@ Windows choose_windows(const SelectedAttentionProblem& p, const Plan& plan, int 
   const int64_t group = p.num_heads_q / p.num_heads_k, tile_rows = 16 * tile_warps;
   const int64_t step = tile_rows / std::gcd(tile_rows, group);
   windows.buffers = plan.units.runs == 1 ? 1 : 2;
-  const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
-  const int64_t least = std::max(kMinWindow, parts(plan.total_q, kMaxWindows));
-  const int64_t count = parts(plan.total_q, std::max(kMaxDsBytes / row_bytes / windows.buffers, least));
-  const int64_t rows = parts(parts(plan.total_q, count), step) * step;  // even ones: a rest is a launch as well
+  const int64_t least = std::max(kMinWindow, divide_up(plan.total_q, kMaxWindows));
+  const int64_t count = divide_up(plan.total_q, std::max(kMaxDsBytes / row_bytes / windows.buffers, least));
+  const int64_t rows = divide_up(divide_up(plan.total_q, count), step) * step;  // even ones: a rest is a launch as well
   windows.rows = static_cast<int>(std::min<int64_t>(rows, plan.total_q));
-  windows.count = static_cast<int>(parts(plan.total_q, windows.rows));
+  windows.count = static_cast<int>(divide_up(plan.total_q, windows.rows));
   if (windows.count == 1) windows.buffers = 1;
   return windows;
 }

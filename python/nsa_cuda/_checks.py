@@ -7,7 +7,7 @@ was and what is allowed.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -286,11 +286,14 @@ def compression_input(x: Tensor, offsets: Tensor | None, num_heads: int, head_di
             raise ValueError(f"cu_seqlens: must be on x's device {x.device}, was on {offsets.device}")
 
 
+def not_one_of(argument: str, value: object, allowed: Iterable[object]) -> ValueError:
+    return ValueError(f"{argument}: must be one of {', '.join(map(repr, allowed))}, was {value!r}")
+
+
 def backend(name: str | None, known: Collection[str | None], q: Tensor) -> None:
     """One of the known backends, which run on cpu and cuda, or "reference"."""
     if name != "reference" and name not in known:
-        allowed = ", ".join(repr(x) for x in (*known, "reference"))
-        raise ValueError(f"backend: must be one of {allowed}, was {name!r}")
+        raise not_one_of("backend", name, (*known, "reference"))
     if name != "reference" and q.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"q: compiled kernels run on cpu and cuda, was on {q.device}; backend='reference' runs there"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nsa_cuda import _debug
-from nsa_cuda._checks import default_scale, lse_dtype
+from nsa_cuda._checks import default_scale, lse_dtype, not_one_of
 
 BACKENDS = {None: 0, "cpu": 1, "sm80": 2, "sm90": 3}  # nsa::Backend
 _DEVICES = {"cpu": 0, "cuda": 1}  # nsa::Device
@@ -170,9 +170,9 @@ def problem_of_sizes(
 ) -> Any:
     """A problem on CUDA without its tensors: for questions about sizes."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))}, was {backend!r}")
+        raise not_one_of("backend", backend, BACKENDS)
     if dtype not in _DTYPES:
-        raise ValueError(f"dtype: must be one of {', '.join(map(str, _DTYPES))}, was {dtype}")
+        raise not_one_of("dtype", dtype, _DTYPES)
     no_indices = (0, False, 0, 0, 0, 0)
     no_counts = (0, False, 0, 0, 0)
     sizes = (batch, seqlen, seqlen, heads_q, heads_k, dim_qk, dim_v, block_size, topk)
