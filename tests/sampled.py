@@ -89,8 +89,8 @@ def check_key_block(made: Inputs, found: Results, block: int, head: int, chunk: 
     natural = natural_norms(made)
     for name in ("dk", "dv"):
         mine = found[name][0, block * l : (block + 1) * l, head : head + 1]
-        ref, base = sums["ref", name], sums["base", name]
-        groups = torch.zeros(l, dtype=torch.int64, device=rows.device)
+        ref, base = (sums[kind, name][: len(mine)] for kind in ("ref", "base"))  # the last block may end early
+        groups = torch.zeros(len(mine), dtype=torch.int64, device=rows.device)
         lines += compare(name, mine, ref, base, made.q.dtype, natural[name], groups)
     return [f"key block {block}, head {head}, {len(rows)} rows: {line}" for line in lines]
 
