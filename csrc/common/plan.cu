@@ -36,7 +36,9 @@ struct ListArgs {
   int64_t count;     // for every row, where counts is null
   int64_t q_offset;  // where has_q_offset and q_offsets is null
   bool index_is_int64, has_q_offset, causal;
-  int batch, seqlen_q, seqlen_k, num_heads;
+  bool in_fours;  // four entries, of a list's from a multiple of four on, lie side by side on 16 (32) bytes
+  int batch, seqlen_q, seqlen_k;
+  Divisor num_heads;
   int32_t* lists;
   int32_t* last_key;
 };
@@ -122,15 +124,55 @@ __device__ RowPlace place_row(const ListArgs& a, int row, int block_size) {
   return place;
 }
 
-__device__ int entry(const ListArgs& a, int64_t offset, int num_visible) {
-  const int64_t id = a.index_is_int64 ? static_cast<const int64_t*>(a.indices)[offset]
-                                      : static_cast<const int32_t*>(a.indices)[offset];
+__device__ int valid_id(int64_t id, int num_visible) {
   return id >= 0 && id < num_visible ? static_cast<int>(id) : kNoBlock;
+}
+
+__device__ int entry(const ListArgs& a, int64_t offset, int num_visible) {
+  return valid_id(a.index_is_int64 ? static_cast<const int64_t*>(a.indices)[offset]
+                                   : static_cast<const int32_t*>(a.indices)[offset],
+                  num_visible);
 }
 
 __device__ int num_entries(const ListArgs& a, const RowPlace& place, int head, int list_width) {
   const int64_t count = a.counts ? a.counts[place.count_offset + head * a.count_head] : a.count;
   return static_cast<int>(min(max(count, int64_t{0}), static_cast<int64_t>(list_width)));
+}
+
+// Entries [first, first + 4) of a list with `count`, which begins at `list`.
+__device__ int4 four_entries(const ListArgs& a, int64_t list, int first, int count, int num_visible) {
+  int4 ids = {kNoBlock, kNoBlock, kNoBlock, kNoBlock};
+  if (first >= count) return ids;
+  if (a.in_fours && a.index_is_int64) {
+    const auto* from = reinterpret_cast<const longlong2*>(static_cast<const int64_t*>(a.indices) + list + first);
+    const longlong2 low = from[0], high = from[1];
+    ids = {valid_id(low.x, num_visible), valid_id(low.y, num_visible), valid_id(high.x, num_visible),
+           valid_id(high.y, num_visible)};
+  } else if (a.in_fours) {
+    const int4 four = *reinterpret_cast<const int4*>(static_cast<const int32_t*>(a.indices) + list + first);
+    ids = {valid_id(four.x, num_visible), valid_id(four.y, num_visible), valid_id(four.z, num_visible),
+           valid_id(four.w, num_visible)};
+  } else {
+    const auto read = [&](int i) { return i < count ? entry(a, list + i * a.index_entry, num_visible) : kNoBlock; };
+    return {read(first), read(first + 1), read(first + 2), read(first + 3)};
+  }
+  if (first + 1 >= count) ids.y = kNoBlock;
+  if (first + 2 >= count) ids.z = kNoBlock;
+  if (first + 3 >= count) ids.w = kNoBlock;
+  return ids;
+}
+
+// Block numbers of the packed batch for those of a sequence.
+__device__ int4 number_blocks(int4 ids, int first_block) {
+  const auto number = [=](int id) { return id == kNoBlock ? id : first_block + id; };
+  return {number(ids.x), number(ids.y), number(ids.z), number(ids.w)};
+}
+
+// Whether the four follow each other, and the next lane's follow them; last: they end a list.
+__device__ bool in_order(int4 ids, bool last) {
+  const auto follows = [](int next, int id) { return id < next || next == kNoBlock; };
+  const int next = __shfl_down_sync(kFullWarp, ids.x, 1);
+  return follows(ids.y, ids.x) && follows(ids.z, ids.y) && follows(ids.w, ids.z) && (last || follows(next, ids.w));
 }
 
 // The place of an entry in its list of `width` lanes (16 or 32), which holds it once; repeated and absent ones, which
@@ -148,31 +190,51 @@ __device__ int rank_entry(int& id, int lane, int width) {
   return rank;
 }
 
-// A group of `width` lanes holds one list of at most `width` entries. Most lists come in order, as select_blocks
-// makes them: ranking those too took a third of the time (0.10 ms for 64K tokens and 4 heads).
-__global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, Plan plan, int width) {
-  const int group = (blockIdx.x * blockDim.x + threadIdx.x) / width;
+// Lists of which a warp holds four entries a lane, written in order and each entry once: a lane an entry, so in four
+// rounds. out: a lane's list, null: none.
+__device__ void sort_held(int4 ids, int32_t* out, int list_width, int width) {
   const int lane = threadIdx.x % width;
-  const int num_groups = gridDim.x * blockDim.x / width;
+  for (int round = 0; round < 4; ++round) {
+    const int from = 8 * round + threadIdx.x % 32 / 4;  // that lane's four hold this one's entry
+    const int four[4] = {__shfl_sync(kFullWarp, ids.x, from), __shfl_sync(kFullWarp, ids.y, from),
+                         __shfl_sync(kFullWarp, ids.z, from), __shfl_sync(kFullWarp, ids.w, from)};
+    const int i = lane % 4;
+    int id = i == 0 ? four[0] : i == 1 ? four[1] : i == 2 ? four[2] : four[3];
+    auto* const to = reinterpret_cast<int32_t*>(__shfl_sync(kFullWarp, reinterpret_cast<uint64_t>(out), from));
+    const int rank = rank_entry(id, lane, width);
+    if (to && rank < list_width) to[rank] = id;
+  }
+}
+
+// Lists of at most `width` (16 or 32) entries, width / 4 lanes each. Most come in order, as select_blocks makes them,
+// and are written as they were read.
+__global__ void __launch_bounds__(32 * kListWarps) sort_short_lists(ListArgs a, Plan plan, int width) {
+  const int lanes = width / 4;
+  const int group = (blockIdx.x * blockDim.x + threadIdx.x) / lanes, first = 4 * (threadIdx.x % lanes);
+  const int num_groups = gridDim.x * blockDim.x / lanes;
   const int64_t num_lists = static_cast<int64_t>(plan.total_q) * a.num_heads;
   const int64_t rounds = (num_lists + num_groups - 1) / num_groups;  // the same for a whole warp: shuffles inside
-  int row = group / a.num_heads, head = group - row * a.num_heads;
-  const int rows_a_round = num_groups / a.num_heads, heads_a_round = num_groups - rows_a_round * a.num_heads;
+  int row = group / a.num_heads, head = group % a.num_heads;
+  const int rows_a_round = num_groups / a.num_heads, heads_a_round = num_groups % a.num_heads;
   for (int64_t round = 0; round < rounds; ++round) {
     const bool real = row < plan.total_q;
     const RowPlace place = place_row(a, real ? row : 0, plan.block_size);
-    const int count = num_entries(a, place, head, plan.list_width);
-    int id = kNoBlock;
-    if (real && lane < count)
-      id = entry(a, place.index_offset + head * a.index_head + lane * a.index_entry, place.num_visible);
-    const int next = __shfl_down_sync(kFullWarp, id, 1, width);
-    const bool in_order = __all_sync(kFullWarp, lane == width - 1 || id < next || next == kNoBlock);
-    const int rank = in_order ? lane : rank_entry(id, lane, width);
-    if (real) {
-      int32_t* out = a.lists + (static_cast<int64_t>(head) * plan.total_q + row) * plan.list_width;
-      if (rank < plan.list_width) out[rank] = id == kNoBlock ? kNoBlock : place.first_block + id;
-      if (head == 0 && lane == 0) a.last_key[row] = place.last_key;
+    const int count = real ? num_entries(a, place, head, plan.list_width) : 0;
+    int4 ids = four_entries(a, place.index_offset + head * a.index_head, first, count, place.num_visible);
+    ids = number_blocks(ids, place.first_block);
+    int32_t* out = real ? a.lists + (static_cast<int64_t>(head) * plan.total_q + row) * plan.list_width : nullptr;
+    if (!__all_sync(kFullWarp, in_order(ids, first + 4 == width))) {
+      sort_held(ids, out, plan.list_width, width);
+    } else if (real && plan.list_width % 4 == 0) {
+      if (first < plan.list_width) *reinterpret_cast<int4*>(out + first) = ids;
+    } else if (real) {
+      const int four[4] = {ids.x, ids.y, ids.z, ids.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (first + i < plan.list_width) out[first + i] = four[i];
+      }
     }
+    if (real && head == 0 && first == 0) a.last_key[row] = place.last_key;
     row += rows_a_round;
     head += heads_a_round;
     if (head >= a.num_heads) {
@@ -188,11 +250,12 @@ __global__ void __launch_bounds__(32 * kListWarps) sort_long_lists(ListArgs a, P
   __shared__ unsigned bitmaps[kListWarps][kWindowWords];
   const int lane = threadIdx.x % 32;
   unsigned* bitmap = bitmaps[threadIdx.x / 32];
-  const int64_t num_lists = static_cast<int64_t>(plan.total_q) * a.num_heads;
+  const int num_heads = a.num_heads;
+  const int64_t num_lists = static_cast<int64_t>(plan.total_q) * num_heads;
   for (int64_t list = static_cast<int64_t>(blockIdx.x) * kListWarps + threadIdx.x / 32; list < num_lists;
        list += static_cast<int64_t>(gridDim.x) * kListWarps) {
-    const int row = static_cast<int>(list / a.num_heads);
-    const int head = static_cast<int>(list - static_cast<int64_t>(row) * a.num_heads);
+    const int row = static_cast<int>(list / num_heads);
+    const int head = static_cast<int>(list - static_cast<int64_t>(row) * num_heads);
     const RowPlace place = place_row(a, row, plan.block_size);
     const int count = num_entries(a, place, head, plan.list_width);
     const int64_t indices = place.index_offset + head * a.index_head;
@@ -306,6 +369,8 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
   a.seqlen_q = static_cast<int>(p.seqlen_q);
   a.seqlen_k = static_cast<int>(p.seqlen_k);
   a.num_heads = static_cast<int>(p.num_heads_k);
+  a.in_fours = plan.list_width % 4 == 0 && a.index_entry == 1 && a.index_batch % 4 == 0 && a.index_row % 4 == 0 &&
+               a.index_head % 4 == 0 && reinterpret_cast<std::uintptr_t>(a.indices) % 16 == 0;
   a.lists = const_cast<int32_t*>(plan.lists);
   a.last_key = const_cast<int32_t*>(plan.last_key);
   const int64_t num_lists = static_cast<int64_t>(plan.total_q) * p.num_heads_k;
@@ -315,7 +380,7 @@ Status make_plan(const SelectedAttentionProblem& p, const Plan& plan, cudaStream
     return {};
   } else if (plan.list_width <= 32) {
     const int width = plan.list_width <= 16 ? 16 : 32;
-    sort_short_lists<<<grid_size(num_lists * width, 32 * kListWarps), 32 * kListWarps, 0, stream>>>(a, plan, width);
+    sort_short_lists<<<grid_size(num_lists * width / 4, 32 * kListWarps), 32 * kListWarps, 0, stream>>>(a, plan, width);
   } else {
     sort_long_lists<<<grid_size(num_lists, kListWarps), 32 * kListWarps, 0, stream>>>(a, plan);
   }

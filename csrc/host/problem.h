@@ -42,7 +42,7 @@ bool multiply_within(std::int64_t a, std::int64_t b, std::int64_t most, std::int
 // 64-bit everywhere.
 std::int64_t most_rows(Device device);
 
-// n integers for each of B * Tq rows and Hkv heads are addressable; `name` is that of n.
+// n is an int, and n integers for each of B * Tq rows and Hkv heads are addressable; `name` is that of n.
 Status check_list_entries(const Problem& problem, const char* name, std::int64_t n);
 
 // Everything in Problem.
