@@ -75,62 +75,70 @@ __device__ __forceinline__ void write_entry(int32_t* entry, int4 head, const uns
   }
 }
 
+// Warps that gather a tile's union: of the few tokens that G = 16 gives it one warp is enough. The 192 of G = 1 with 16
+// entries each took one 60 us, and shared memory has no room for more tiles at a time.
+constexpr int team_of(bool one_word) { return one_word ? 1 : kWarps; }
+
 // What gather_unions is launched with.
 struct Gathering {
   int capacity;      // blocks of a union
-  int shared_bytes;  // a warp
+  int shared_bytes;  // a team
   int part_bits;     // parts a block, 2 to the power of
-  int token_step;    // 32 / list width
+  int token_step;    // threads of a team / list width
 };
 
-// The same entries, 32 at a time. At most kWarps warps a CTA.
+// The same entries, as many at a time as a team has threads. At most kWarps warps a CTA.
 template <bool kOneWord>
 __global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
     gather_unions(Plan plan, TileUnions unions, int num_tiles, Divisor group, Gathering args) {
   extern __shared__ __align__(16) char shared[];
   using device::StageFlags;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int number = blockIdx.x * (blockDim.x / 32) + warp;
+  using Union = device::BlockUnion<team_of(kOneWord)>;
+  constexpr int kTeam = Union::kThreads;
+  const int team = threadIdx.x / kTeam, thread = threadIdx.x % kTeam, lane = threadIdx.x % 32;
+  const int number = blockIdx.x * (blockDim.x / kTeam) + team;
   if (number >= num_tiles) return;
   const device::QueryTile tile(number, unions.tiles_per_head, unions.warps);
   const int words = kOneWord ? 1 : unions.words - 3;
-  const device::BlockUnion gathered(shared + warp * args.shared_bytes, args.capacity, words, args.token_step);
+  const Union gathered(shared + team * args.shared_bytes, args.capacity, words, args.token_step);
   const device::UnitTokens unit(plan, tile, unions.warps, group, lane);
   const int2 tokens = unit.of_tile;
   int2 count = {0, 0};
   if (tokens.y > 0) {
-    if (lane < StageFlags::kMaxUnits) gathered.set_unit(lane, unit);
+    if (thread < StageFlags::kMaxUnits) gathered.set_unit(thread, unit);
     const int64_t list = static_cast<int64_t>(tile.head) * plan.total_q + tokens.x;
-    int blocks = gathered.collect(plan.lists + list * plan.list_width, plan.list_width, tokens.y, lane);
+    int blocks = gathered.collect(plan.lists + list * plan.list_width, plan.list_width, tokens.y, thread);
     if (blocks == 0) {  // a tile with rows has at least one entry
       blocks = 1;
-      if (lane == 0) gathered.blocks[0] = kNoBlock;
+      if (thread == 0) gathered.blocks[0] = kNoBlock;
     }
-    __syncwarp();
+    gathered.sync();
     int32_t* entries = unions.entries + static_cast<int64_t>(number) * unions.capacity * unions.words;
-    for (int first = 0; first < blocks << args.part_bits; first += 32) {
-      const int i = (first + lane) >> args.part_bits;
-      const int done = (first + lane - (i << args.part_bits)) * unions.part;
+    for (int first = 0; first < blocks << args.part_bits; first += kTeam) {
+      const int i = (first + thread) >> args.part_bits;
+      const int done = (first + thread - (i << args.part_bits)) * unions.part;
       const int listed = i < blocks ? gathered.blocks[i] : kNoBlock;
       const int2 block = listed == kNoBlock ? int2{0, 0} : __ldg(plan.blocks + listed);
       const bool real = i < blocks && (done == 0 || done < block.y);
       const int key = block.x + done, valid = min(block.y - done, unions.part);
-      unsigned flags = real ? gathered.flags<kOneWord>(i, key + unions.part - 1) : 0;
+      unsigned flags = real ? gathered.template flags<kOneWord>(i, key + unions.part - 1) : 0;
       if (valid < unions.part) flags &= StageFlags::kAny;
       const unsigned alone = unions.in_order ? 0 : StageFlags::alone(flags);
       const unsigned front = __ballot_sync(kFullWarp, real && !alone), back = __ballot_sync(kFullWarp, real && alone);
+      int2 before;
+      const int2 sum = gathered.sums({__popc(front), __popc(back)}, thread, &before);
       if (real) {
         const unsigned below = (1u << lane) - 1;
-        const int place =
-            alone ? unions.capacity - 1 - count.y - __popc(back & below) : count.x + __popc(front & below);
+        const int place = alone ? unions.capacity - 1 - count.y - before.y - __popc(back & below)
+                                : count.x + before.x + __popc(front & below);
         write_entry<kOneWord>(entries + place * unions.words, {key, valid, static_cast<int>(flags | alone), 0},
                               gathered.members + i, args.capacity, words);
       }
-      count.x += __popc(front);
-      count.y += __popc(back);
+      count.x += sum.x;
+      count.y += sum.y;
     }
   }
-  if (lane == 0) unions.counts[number] = count;
+  if (thread == 0) unions.counts[number] = count;
 }
 
 }  // namespace
@@ -153,19 +161,37 @@ TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, Til
   return unions;
 }
 
+namespace {
+
+template <bool kOneWord>
+int64_t shared_bytes(const TileUnions& unions, int parts) {
+  return device::BlockUnion<team_of(kOneWord)>::shared_bytes(unions.capacity / parts, unions.words - 3);
+}
+
+template <bool kOneWord>
+void launch_gather(const Plan& plan, const TileUnions& unions, int tiles, int parts, Divisor group,
+                   cudaStream_t stream) {
+  constexpr int kTeam = team_of(kOneWord);
+  const int shared = static_cast<int>(shared_bytes<kOneWord>(unions, parts));
+  const int teams = std::min(kWarps / kTeam, kSharedBytes / shared);  // a CTA
+  const Gathering args = {unions.capacity / parts, shared, std::countr_zero(static_cast<unsigned>(parts)),
+                          32 * kTeam / plan.list_width};
+  gather_unions<kOneWord>
+      <<<(tiles + teams - 1) / teams, 32 * kTeam * teams, teams * shared, stream>>>(plan, unions, tiles, group, args);
+}
+
+}  // namespace
+
 Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, Divisor group, cudaStream_t stream) {
-  const int tiles = unions.tiles_per_head * num_heads_k;
-  const int parts = plan.block_size / unions.part, words = unions.words - 3;
+  const int tiles = unions.tiles_per_head * num_heads_k, parts = plan.block_size / unions.part;
+  const bool one_word = unions.words == 3 + 1;
   const int64_t entries = static_cast<int64_t>(max_tokens(unions.warps, group)) * plan.list_width;
-  const int64_t bytes = device::BlockUnion::shared_bytes(unions.capacity / parts, words);
+  const int64_t bytes = one_word ? shared_bytes<true>(unions, parts) : shared_bytes<false>(unions, parts);
   if (entries == 0 || entries > kMaxEntries || bytes > kSharedBytes) {
     walk_unions<<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(plan, unions, tiles, group);
   } else {
-    const int shared = static_cast<int>(bytes), warps = std::min(kWarps, kSharedBytes / shared);
-    const Gathering args = {unions.capacity / parts, shared, std::countr_zero(static_cast<unsigned>(parts)),
-                            32 / plan.list_width};
-    const auto gather = words == 1 ? gather_unions<true> : gather_unions<false>;
-    gather<<<(tiles + warps - 1) / warps, 32 * warps, warps * shared, stream>>>(plan, unions, tiles, group, args);
+    const auto gather = one_word ? launch_gather<true> : launch_gather<false>;
+    gather(plan, unions, tiles, parts, group, stream);
   }
   return cuda_status(cudaGetLastError(), "selected attention: merging the block lists");
 }

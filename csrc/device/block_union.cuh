@@ -1,5 +1,5 @@
-// The union of the block lists of a tile's tokens, all of it at once, in shared memory: a warp marks the listed blocks
-// as bits of a window of 1024, and an entry's place is the number of marks before its block. A lane then describes a
+// The union of the block lists of a tile's tokens, all of it at once, in shared memory: threads mark the listed blocks
+// as bits of a window of 1024, and an entry's place is the number of marks before its block. A thread then describes a
 // block by itself. By the machine code 1500 instructions for 12 tokens of 16 entries with a union of 129, and 870 with
 // one of 30; a walk (BlockWalk) takes 16600 and 4300, and instructions, not latency, are what it waits for.
 #pragma once
@@ -9,8 +9,13 @@
 
 namespace nsa::device {
 
+// kWarps: one warp works on it, or all of a CTA, whose threads all call collect().
+template <int kWarps>
 struct BlockUnion {
-  static constexpr int kWindow = 32 * 32;  // blocks: a word a lane
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kWindow = 32 * 32;  // blocks: a word a lane of the first warp
+  // Entries of a thread whose reads are under way at a time. 12 tokens of 16 give a lane 6, 8 give 4.
+  static constexpr int kAhead = kWarps == 1 ? 2 : 8;
 
   // One unit's tokens as bits of two of the tile's words, and the last key that all of them see.
   struct alignas(16) UnitBits {
@@ -22,14 +27,15 @@ struct BlockUnion {
 
   UnitBits* units;      // [kMaxUnits]
   uint2* window;        // [32] {which of 32 blocks are marked, the union's blocks before them}
+  int2* slots;          // [kWarps] what warps tell each other, where there are several
   int* blocks;          // [capacity] the union, ascending
   unsigned* members;    // [words, capacity] which tokens chose a block, as bits
   int capacity, words;  // blocks, 32-bit words of tokens
-  int token_step;       // 32 / list width
+  int token_step;       // kThreads / list width
 
-  // Bytes of shared memory that a warp needs, a multiple of 16.
+  // Bytes of shared memory, a multiple of 16.
   static __host__ __device__ __forceinline__ int64_t shared_bytes(int capacity, int words) {
-    const int64_t fixed = StageFlags::kMaxUnits * sizeof(UnitBits) + 32 * sizeof(uint2);
+    const int64_t fixed = StageFlags::kMaxUnits * sizeof(UnitBits) + 32 * sizeof(uint2) + kSlotBytes;
     return fixed + (static_cast<int64_t>(capacity) * (1 + words) + 3) / 4 * 16;
   }
 
@@ -37,7 +43,8 @@ struct BlockUnion {
       : capacity(capacity_), words(words_), token_step(token_step_) {
     units = reinterpret_cast<UnitBits*>(shared);
     window = reinterpret_cast<uint2*>(units + StageFlags::kMaxUnits);
-    blocks = reinterpret_cast<int*>(window + 32);
+    slots = reinterpret_cast<int2*>(window + 32);
+    blocks = reinterpret_cast<int*>(reinterpret_cast<char*>(slots) + kSlotBytes);
     members = reinterpret_cast<unsigned*>(blocks + capacity);
   }
 
@@ -49,28 +56,54 @@ struct BlockUnion {
 
   // lists: of the first token, [tokens, width]. Fills blocks and members and returns the number of blocks. A window
   // begins at the smallest block that is left, so sequences far apart cost no empty ones.
-  __device__ __forceinline__ int collect(const int32_t* lists, int width, int num_tokens, int lane) const {
+  __device__ __forceinline__ int collect(const int32_t* lists, int width, int num_tokens, int thread) const {
     int4* clear = reinterpret_cast<int4*>(blocks);
 #pragma unroll 1
-    for (int i = lane; i < (capacity * (1 + words) + 3) / 4; i += 32) clear[i] = {0, 0, 0, 0};
+    for (int i = thread; i < (capacity * (1 + words) + 3) / 4; i += kThreads) clear[i] = {0, 0, 0, 0};
     int smallest = cuda::kNoBlock, count = 0;
 #pragma unroll 1
-    for (int t = lane; t < num_tokens; t += 32) smallest = min(smallest, __ldg(lists + t * width));
-    int base = __reduce_min_sync(kFullWarp, smallest);
+    for (int t = thread; t < num_tokens; t += kThreads) smallest = min(smallest, __ldg(lists + t * width));
+    int base = smallest_of_all(smallest, thread);
     while (base != cuda::kNoBlock) {
-      window[lane].x = 0;
-      __syncwarp();
-      const int next = mark(lists, num_tokens * width, base, lane);
-      __syncwarp();
-      const int marked = __popc(window[lane].x), up_to = sum_up_to_lane(marked, lane);
-      window[lane].y = count + up_to - marked;
-      __syncwarp();
-      place(lists, width, num_tokens * width, base, lane);
-      count += __shfl_sync(kFullWarp, up_to, 31);
-      base = __reduce_min_sync(kFullWarp, next);
-      __syncwarp();
+      if (thread < 32) window[thread].x = 0;
+      sync();
+      const int next = mark(lists, num_tokens * width, base, thread);
+      sync();
+      if (thread < 32) {
+        const int marked = __popc(window[thread].x);
+        window[thread].y = count + sum_up_to_lane(marked, thread) - marked;
+      }
+      sync();
+      place(lists, width, num_tokens * width, base, thread);
+      const uint2 last = window[31];
+      count = last.y + __popc(last.x);
+      base = smallest_of_all(next, thread);
+      sync();
     }
     return count;
+  }
+
+  // The sum of all warps' numbers, and that of the warps before the thread's.
+  __device__ __forceinline__ int2 sums(int2 of_warp, int thread, int2* before) const {
+    *before = {0, 0};
+    if constexpr (kWarps == 1) return of_warp;
+    if (thread % 32 == 0) slots[thread / 32] = of_warp;
+    sync();
+    int2 sum = {0, 0};
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w == thread / 32) *before = sum;
+      sum = {sum.x + slots[w].x, sum.y + slots[w].y};
+    }
+    sync();
+    return sum;
+  }
+
+  __device__ __forceinline__ void sync() const {
+    if constexpr (kWarps == 1)
+      __syncwarp();
+    else
+      __syncthreads();
   }
 
   // The flags (any and all) of `part` keys of block i, `last` the k row of the last of them. kOneWord: words == 1.
@@ -98,16 +131,28 @@ struct BlockUnion {
   }
 
  private:
-  static constexpr int kAhead = 2;  // entries a lane whose reads are under way: 12 tokens of 16 give a lane 6, 8 give 4
+  static constexpr int kSlotBytes = kWarps == 1 ? 0 : (8 * kWarps + 15) / 16 * 16;
+
+  // Slots are written again behind a sync().
+  __device__ __forceinline__ int smallest_of_all(int value, int thread) const {
+    value = __reduce_min_sync(kFullWarp, value);
+    if constexpr (kWarps > 1) {
+      if (thread % 32 == 0) slots[thread / 32].x = value;
+      sync();
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) value = min(value, slots[w].x);
+    }
+    return value;
+  }
 
   template <typename Function>
-  static __device__ __forceinline__ void for_entries(const int32_t* lists, int entries, int lane, Function function) {
+  static __device__ __forceinline__ void for_entries(const int32_t* lists, int entries, int thread, Function function) {
 #pragma unroll 1
-    for (int first = 0; first < entries; first += 32 * kAhead) {
+    for (int first = 0; first < entries; first += kThreads * kAhead) {
       int block[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a) {
-        const int i = first + 32 * a + lane;
+        const int i = first + kThreads * a + thread;
         block[a] = i < entries ? __ldg(lists + i) : cuda::kNoBlock;
       }
 #pragma unroll
@@ -115,10 +160,10 @@ struct BlockUnion {
     }
   }
 
-  // Marks the entries of the window from `base` on; returns the smallest that this lane saw behind it.
-  __device__ __forceinline__ int mark(const int32_t* lists, int entries, int base, int lane) const {
+  // Marks the entries of the window from `base` on; returns the smallest that this thread saw behind it.
+  __device__ __forceinline__ int mark(const int32_t* lists, int entries, int base, int thread) const {
     int next = cuda::kNoBlock;
-    for_entries(lists, entries, lane, [&](int block) {
+    for_entries(lists, entries, thread, [&](int block) {
       const unsigned offset = block - base;  // huge for those of an earlier window
       if (block >= base + kWindow) next = min(next, block);
       if (offset < kWindow) atomicOr(&window[offset / 32].x, 1u << (offset % 32));
@@ -127,9 +172,9 @@ struct BlockUnion {
   }
 
   // Puts the entries of the window, with their tokens, where the marks before them say.
-  __device__ __forceinline__ void place(const int32_t* lists, int width, int entries, int base, int lane) const {
-    unsigned token = static_cast<unsigned>(lane) / width, column = lane - token * width;
-    for_entries(lists, entries, lane, [&](int block) {
+  __device__ __forceinline__ void place(const int32_t* lists, int width, int entries, int base, int thread) const {
+    unsigned token = static_cast<unsigned>(thread) / width, column = thread - token * width;
+    for_entries(lists, entries, thread, [&](int block) {
       const unsigned offset = block - base;
       if (offset < kWindow) {
         const uint2 word = window[offset / 32];
@@ -137,8 +182,8 @@ struct BlockUnion {
         atomicOr(blocks + rank, block);  // by several tokens, the same number
         atomicOr(members + token / 32 * capacity + rank, 1u << (token % 32));
       }
-      token += token_step;  // of this lane's next entry
-      column += 32 - token_step * width;
+      token += token_step;  // of this thread's next entry
+      column += kThreads - token_step * width;
       if (column >= width) {
         column -= width;
         ++token;
