@@ -188,7 +188,7 @@ def test_extra_memory_is_linear_in_the_lists(target: Target):
         entries = T * 4 * 16
         lists = 22 * entries
         delta = 4 * T * 64
-        index = 32 * entries
+        index = 12 * entries
         sums = 2 * 2048 * 4 * 64 * 256
         if target.backend != "sm80":
             sums += (1 << 30) + 4 * T * 4 * 256

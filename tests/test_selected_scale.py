@@ -83,6 +83,18 @@ def test_short_lists_of_many_rows(target: Target):
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)
+def test_blocks_that_several_ctas_index(target: Target):
+    """1400 blocks of 16: the inverted index takes a span of rows with half of the blocks at a time."""
+    case = Case("ranges", Tq=22400, Tk=22400, Hq=4, Hkv=2, block_size=16, S=32)
+    made = long_inputs(case, target.device, target.dtype, seed=15)
+    found = run(made, target.backend)
+    lines = check_rows(made, found, sample(case.Tq, target.device))
+    for block, head in ((0, 0), (699, 1), (700, 0), (1399, 1)):
+        lines += check_key_block(made, found, block, head)
+    assert not lines, "\n".join(lines)
+
+
+@pytest.mark.parametrize("target", CUDA_BF16)
 def test_one_million_tokens(target: Target):
     """q, o, do and dq of more than 2^31 elements each."""
     need_memory(target, 40)

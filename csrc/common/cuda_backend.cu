@@ -165,14 +165,13 @@ Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
   return cuda::check_rows(plan.total_q * (p.num_heads_q / p.num_heads_k));
 }
 
-// The inverted index numbers the entries of a kv head in 32 bits.
-Status check_entries(const Plan& plan) {
-  if (static_cast<int64_t>(plan.total_q) * plan.list_width <= UINT_MAX) return {};
-  return make_status(
-      StatusCode::kNotSupported,
-      "q has %d rows and block_indices %d entries a row; the CUDA backward takes fewer than 2^32 entries "
-      "of one kv head",
-      plan.total_q, plan.list_width);
+// The inverted index numbers the entries of a span's rows and one kv head as int.
+Status check_entries(const Plan& plan, const InvertedIndex& index) {
+  const int64_t rows = std::min(plan.total_q, index.span_rows);
+  if (rows * plan.list_width <= INT_MAX) return {};
+  return make_status(StatusCode::kNotSupported,
+                     "block_indices has %d entries a row; the CUDA backward takes fewer than 2^31 in %lld rows",
+                     plan.list_width, static_cast<long long>(rows));
 }
 
 // Without keys nothing is read, but addresses are still formed.
@@ -321,7 +320,7 @@ Status selected_attention(const SelectedAttentionBackward& args) {
   BackwardPieces pieces = carve_backward(args, kernels, carver);
   BackwardArgs& a = pieces.device;
   status = check_rows(p, a.plan);
-  if (status.ok() && a.index.windows.count > 0) status = check_entries(a.plan);
+  if (status.ok() && a.index.windows.count > 0) status = check_entries(a.plan, a.index);
   if (!status.ok()) return status;
   set_backward_arguments(args, a);
   status = make_tiles(p, a.plan, a.unions, args.stream);

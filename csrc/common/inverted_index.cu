@@ -1,140 +1,250 @@
-// The lists turned round with a stable radix sort: block -> ascending list of q rows, and how the long ones are split.
+// The lists turned round by counting: block -> ascending list of q rows, and how the long ones are split.
+//
+// Rows are cut into spans. A CTA marks which rows of a span chose which blocks of one kv head, as bits in shared
+// memory. Their numbers are added up over (list, span), which says where a span's rows begin in every list; a row
+// stands behind those of the span's rows before it. Nothing depends on the order in which entries are met. The lists
+// are read twice and what is kept is written once: a radix sort of pairs, before and after which they were made and
+// taken apart, took three times as long and 12 bytes an entry.
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
+#include <cub/block/block_scan.cuh>
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 
+#include "common/integers.h"
 #include "common/plan.h"
 
 namespace nsa::cuda {
 namespace {
+
+constexpr int kThreads = 256;
+// Rows of a span. (list, span) pairs grow with the square of the sequence, so that long ones have longer spans: about
+// as many pairs as entries.
+constexpr int kMinSpan = 128, kMaxSpan = 8192;
+constexpr int kSharedBytes = 46 * 1024;  // 48 KB are what a CTA may have without asking, and a scan has its own
+// A span's entries go to the lists through shared memory where they are at most so many, and at least so many a block.
+constexpr int kMaxStaged = 4096, kMinStaged = 2;
 
 // Enough items to fill 132 SMs many times over, and not more, since every split list costs its partial tiles. Where dS
 // is kept half as many: 2048 took 0.4 ms more at 64K tokens in windows of 8192.
 constexpr int64_t kWantedItems = 2048, kWantedWithDs = 1024;
 constexpr int kMinChunk = 128;
 
-// Lists are worked off by their middle row, so that items side by side read about the same rows, where a kv head's Q
+// Items are worked off by their middle row, so that those side by side read about the same rows, where a kv head's Q
 // and dO of a window are more than the L2 holds and lists are short: dK and dV of 64K clustered tokens (128 entries a
 // list and window) take 11.5 ms instead of 12.2. Of 16K (512 entries) each list goes through the whole window, and an
 // order does nothing.
 constexpr int64_t kOrderedBytes = int64_t{32} << 20;
 constexpr int64_t kOrderedEntries = 256;
 
-// The values that are sorted: entry = q row * S + place in the row's list.
 struct Scratch {
-  uint32_t* keys_in;
-  uint32_t* keys_out;
-  uint32_t* values_in;
-  uint64_t* work_count;            // [num_lists + 1]
-  uint64_t *order_in, *order_out;  // [num_lists], null: not wanted
-  int32_t* lists_in;               // [num_lists]
+  uint64_t *keys_in, *keys_out;  // [windows, max_items], null: items aren't ordered
+  WorkItem* items;               // likewise
   void* cub;
   std::size_t cub_bytes;
-  int64_t entries;
-  int key_bits;
 };
 
-int bits_of(uint32_t value) {
-  int bits = 1;
-  while (bits < 32 && value >> bits) ++bits;
-  return bits;
-}
+int64_t num_pairs(const InvertedIndex& index) { return static_cast<int64_t>(index.num_lists) * index.spans; }
 
-Scratch carve_scratch(int num_lists, int64_t entries, bool ordered, Carver& carver) {
+Scratch carve_scratch(const InvertedIndex& index, Carver& carver) {
   Scratch s = {};
-  s.entries = entries;
-  s.key_bits = bits_of(static_cast<uint32_t>(num_lists));
-  s.keys_in = carver.take<uint32_t>(entries);
-  s.keys_out = carver.take<uint32_t>(entries);
-  s.values_in = carver.take<uint32_t>(entries);
-  s.work_count = carver.take<uint64_t>(num_lists + 1);
-  std::size_t sort_bytes = 0, scan_bytes = 0;
-  cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, s.keys_in, s.keys_out, s.values_in, s.values_in, entries, 0,
-                                  s.key_bits);
-  cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, s.work_count, s.work_count, num_lists + 1);
-  s.cub_bytes = std::max(sort_bytes, scan_bytes);
-  if (ordered) {
-    s.order_in = carver.take<uint64_t>(num_lists);
-    s.order_out = carver.take<uint64_t>(num_lists);
-    s.lists_in = carver.take<int32_t>(num_lists);
-    std::size_t order_bytes = 0;
-    cub::DeviceRadixSort::SortPairs(nullptr, order_bytes, s.order_in, s.order_out, s.lists_in, s.lists_in, num_lists);
-    s.cub_bytes = std::max(s.cub_bytes, order_bytes);
+  std::size_t pairs_bytes = 0, order_bytes = 0;
+  int64_t* const pairs = nullptr;
+  cub::DeviceScan::ExclusiveSum(nullptr, pairs_bytes, pairs, pairs, num_pairs(index) + 1);
+  if (index.ordered) {
+    const int64_t items = index.windows.count * index.max_items;
+    s.keys_in = carver.take<uint64_t>(items);
+    s.keys_out = carver.take<uint64_t>(items);
+    s.items = carver.take<WorkItem>(items);
+    cub::DeviceRadixSort::SortPairs(nullptr, order_bytes, s.keys_in, s.keys_out, s.items, s.items, items);
   }
+  s.cub_bytes = std::max(pairs_bytes, order_bytes);
   s.cub = carver.take<char>(s.cub_bytes);
   return s;
 }
 
-// Entry i of [Hkv, total_q, S] -> (list, entry); kNoBlock sorts behind every list.
-__global__ void make_pairs(Plan plan, InvertedIndex index, int64_t entries, uint32_t* keys, uint32_t* values) {
-  const int64_t per_head = static_cast<int64_t>(plan.total_q) * plan.list_width;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < entries;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const int head = static_cast<int>(i / per_head);
-    const auto entry = static_cast<uint32_t>(i - head * per_head);
-    const int window = static_cast<int>(entry / plan.list_width) / index.windows.rows;
-    const int block = plan.lists[i];
-    keys[i] = block == kNoBlock ? index.num_lists
-                                : static_cast<uint32_t>(window) * index.window_lists + head * plan.num_blocks + block;
-    values[i] = entry;
+// How the CTAs of a pass over the lists share the work: each takes a span, a kv head and a range of blocks.
+struct Cells {
+  Divisor ranges, num_heads, spans, list_width;
+  int blocks;  // of a range
+  int count;
+  int staged;  // entries of a span, where its rows go to the lists through shared memory; else 0
+
+  Cells(const Plan& plan, const InvertedIndex& index, int num_heads_k)
+      : num_heads(num_heads_k), spans(index.spans), list_width(plan.list_width) {
+    const int64_t entries = static_cast<int64_t>(index.span_rows) * plan.list_width, all = std::max(plan.num_blocks, 1);
+    staged = entries <= kMaxStaged && entries >= kMinStaged * all ? static_cast<int>(entries) : 0;
+    const int64_t most = (kSharedBytes - 4 * staged) / bytes_of_block(index.span_rows);
+    ranges = static_cast<int>(divide_up(all, most));
+    blocks = static_cast<int>(divide_up(all, ranges));
+    count = ranges * num_heads * spans * index.windows.count;
   }
+  // Its bits, and where it begins in the index and in the cell.
+  static int bytes_of_block(int span_rows) { return span_rows / 8 + 12; }
+  int shared_bytes(const InvertedIndex& index) const { return blocks * bytes_of_block(index.span_rows) + 4 * staged; }
+};
+
+// A CTA's cell: which of the rows chose which of the blocks. Every thread calls the constructor.
+class Cell {
+ public:
+  int head, window;
+  int first_row, rows;
+  int first_block, blocks;
+
+  __device__ __forceinline__ Cell(const Plan& plan, const InvertedIndex& index, const Cells& cells, unsigned* bits)
+      : bits_(bits), stride_(cells.blocks), words_(index.span_rows / 32) {
+    int number = blockIdx.x;
+    first_block = number % cells.ranges * cells.blocks;
+    blocks = min(cells.blocks, plan.num_blocks - first_block);
+    number = number / cells.ranges;
+    head = number % cells.num_heads;
+    number = number / cells.num_heads;
+    span_ = number % cells.spans;
+    window = number / cells.spans;
+    const int before = span_ * index.span_rows;  // rows of the window
+    first_row = window * index.windows.rows + before;
+    rows = max(min(min(index.span_rows, index.windows.rows - before), plan.total_q - first_row), 0);
+    for (int i = threadIdx.x; i < words_ * stride_; i += kThreads) bits_[i] = 0;
+    __syncthreads();
+    const int32_t* lists = plan.lists + entry(plan, 0);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < rows * plan.list_width; i += kThreads) {
+      const int block = local(__ldg(lists + i)), row = i / cells.list_width;
+      if (block >= 0) atomicOr(bits_ + row / 32 * stride_ + block, 1u << row % 32);
+    }
+    __syncthreads();
+  }
+  // Of the first row's i-th entry on: [Hkv, total_q, S].
+  __device__ __forceinline__ int64_t entry(const Plan& plan, int i) const {
+    return (static_cast<int64_t>(head) * plan.total_q + first_row) * plan.list_width + i;
+  }
+  // A block's number in the cell, -1: it isn't in it.
+  __device__ __forceinline__ int local(int block) const {
+    return block >= first_block && block - first_block < blocks ? block - first_block : -1;
+  }
+  // Rows of the cell that chose the block, before `row` of them.
+  __device__ __forceinline__ int chosen(int block, int row) const {
+    int sum = 0;
+    for (int w = 0; w < row / 32; ++w) sum += __popc(bits_[w * stride_ + block]);
+    return row % 32 ? sum + __popc(bits_[row / 32 * stride_ + block] & ((1u << row % 32) - 1)) : sum;
+  }
+  // Of the block's list, this span.
+  __device__ __forceinline__ int64_t pair(const Plan& plan, const InvertedIndex& index, int block) const {
+    const int list = window * index.window_lists + head * plan.num_blocks + first_block + block;
+    return static_cast<int64_t>(list) * index.spans + span_;
+  }
+
+ private:
+  unsigned* bits_;  // [words, blocks]
+  int stride_, words_, span_;
+};
+
+__global__ void __launch_bounds__(kThreads)
+    count_rows(Plan plan, InvertedIndex index, const __grid_constant__ Cells cells, int64_t* counts) {
+  extern __shared__ __align__(16) char shared[];
+  const Cell cell(plan, index, cells, reinterpret_cast<unsigned*>(shared));
+  for (int b = threadIdx.x; b < cell.blocks; b += kThreads)
+    counts[cell.pair(plan, index, b)] = cell.chosen(b, index.span_rows);
+  if (blockIdx.x == 0 && threadIdx.x == 0) counts[static_cast<int64_t>(index.num_lists) * index.spans] = 0;
 }
 
-__global__ void find_lists(const uint32_t* keys, int64_t entries, int num_lists, int64_t* list_begin) {
-  const int list = blockIdx.x * blockDim.x + threadIdx.x;
-  if (list > num_lists) return;
-  int64_t low = 0, high = entries;  // first key >= list
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (keys[middle] < static_cast<uint32_t>(list))
-      low = middle + 1;
-    else
-      high = middle;
+// Where a cell has several rows of a block, rows are put in order in shared memory before they are written: one after
+// the other each would be a write of its own for the L2 (32K tokens, 16 kv heads: 134 us for 74).
+__global__ void __launch_bounds__(kThreads)
+    place_rows(Plan plan, InvertedIndex index, const __grid_constant__ Cells cells, int32_t* rows, uint32_t* places) {
+  using Scan = cub::BlockScan<int, kThreads>;
+  __shared__ typename Scan::TempStorage storage;
+  extern __shared__ __align__(16) char shared[];
+  auto* const begins = reinterpret_cast<int64_t*>(shared);
+  auto* const starts = reinterpret_cast<int*>(begins + cells.blocks);
+  auto* const staged = reinterpret_cast<unsigned*>(starts + cells.blocks);
+  const Cell cell(plan, index, cells, staged + cells.staged);
+  int count = 0;
+  for (int first = 0; first < cell.blocks; first += kThreads) {
+    const int b = first + threadIdx.x;
+    const bool real = b < cell.blocks;
+    int before = 0, sum = 0;
+    if (cells.staged) {
+      Scan(storage).ExclusiveSum(real ? cell.chosen(b, index.span_rows) : 0, before, sum);
+      __syncthreads();
+    }
+    if (real) {
+      starts[b] = count + before;
+      begins[b] = index.begins[cell.pair(plan, index, b)] - (count + before);
+    }
+    count += sum;
   }
-  list_begin[list] = low;
+  __syncthreads();
+  index.window = cell.window;
+  const int64_t to_place = index.first_place() - index.list_begin(index.first_list());
+  const int64_t first_entry = cell.entry(plan, 0);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < cell.rows * plan.list_width; i += kThreads) {
+    const int listed = __ldg(plan.lists + first_entry + i), block = cell.local(listed), row = i / cells.list_width;
+    if (block >= 0) {
+      const int nth = starts[block] + cell.chosen(block, row);
+      const int64_t to = begins[block] + nth;
+      if (cells.staged)
+        staged[nth] = block * kMaxSpan + row;
+      else
+        rows[to] = cell.first_row + row;
+      if (places) {
+        const bool halves = plan.block_size > 64 && plan.blocks[listed].y > 64;
+        places[first_entry + i] = static_cast<uint32_t>(to + to_place) | (halves ? InvertedIndex::kTwoHalves : 0);
+      }
+    } else if (places && listed == kNoBlock && cell.first_block == 0) {
+      places[first_entry + i] = InvertedIndex::kNoPlace;
+    }
+  }
+  if (!cells.staged) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    rows[begins[staged[i] / kMaxSpan] + i] = cell.first_row + staged[i] % kMaxSpan;
 }
 
-// The sorted values become q rows, and places tell where each entry went.
-__global__ void place_entries(Plan plan, InvertedIndex index, int64_t entries, const uint32_t* keys, uint32_t* values,
-                              uint32_t* places) {
-  const int64_t per_head = static_cast<int64_t>(plan.total_q) * plan.list_width;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < entries;
-       i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-    const uint32_t entry = values[i];
-    values[i] = entry / plan.list_width;
-    if (!places || keys[i] >= static_cast<uint32_t>(index.num_lists)) continue;
-    index.window = static_cast<int>(keys[i]) / index.window_lists;
-    const int list = static_cast<int>(keys[i]) - index.first_list(), head = list / plan.num_blocks;
-    const bool halves = plan.blocks[list - head * plan.num_blocks].y > 64;
-    places[head * per_head + entry] =
-        static_cast<uint32_t>(i - index.list_begin[index.first_list()] + index.first_place()) |
-        (halves ? InvertedIndex::kTwoHalves : 0);
-  }
-}
-
-// (window and kv head, q row in the list's middle); empty lists last.
-__global__ void make_order_keys(InvertedIndex index, int num_blocks, uint64_t* keys, int32_t* lists) {
+// A thread a list. With b entries of the window before it, the n-th list's items begin at place n + b / chunk: as many
+// as its entries can need are left before the next one's, so that nobody has to add up what others have. The same holds
+// for partial tiles at 2 b / chunk, of a list with two or more. Places between are left empty.
+//
+// An empty list is an item too where there is one window: its gradients are zeros that somebody must write.
+//
+// keys: (window and kv head, q row in the item's middle), empty places last in their window; null: not wanted.
+__global__ void make_items(Plan plan, InvertedIndex index, WorkItem* items, uint64_t* keys) {
   const int list = blockIdx.x * blockDim.x + threadIdx.x;
   if (list >= index.num_lists) return;
-  const int64_t begin = index.list_begin[list], end = index.list_begin[list + 1];
-  const uint32_t row = begin < end ? static_cast<uint32_t>(index.rows[(begin + end) / 2]) : ~0u;
-  keys[list] = static_cast<uint64_t>(list / num_blocks) << 32 | row;
-  lists[list] = list;
-}
-
-// An empty list is one item too where there is one window: its gradients are zeros that somebody must write.
-__global__ void count_work(InvertedIndex index, int items_of_none, uint64_t* count) {
-  const int place = blockIdx.x * blockDim.x + threadIdx.x;
-  if (place > index.num_lists) return;
-  uint64_t items = 0;
-  if (place < index.num_lists) {
-    const int list = index.nth_list(place);
-    items = (index.list_begin[list + 1] - index.list_begin[list] + index.chunk - 1) / index.chunk;
+  index.window = list / index.window_lists;
+  const int nth = list - index.first_list(), head = nth / plan.num_blocks;
+  const int2 block = plan.blocks[nth - head * plan.num_blocks];
+  const int64_t before = index.list_begin(index.first_list()), begin = index.list_begin(list);
+  const int entries = static_cast<int>(index.list_begin(list + 1) - begin);
+  const int pieces = entries > 0 ? (entries - 1) / index.chunk + 1 : index.windows.count == 1;
+  const int partial = static_cast<int>(2 * (begin - before) / index.chunk);
+  const int64_t first = index.window * index.max_items + nth + (begin - before) / index.chunk;
+  const int64_t end = nth + 1 < index.window_lists
+                          ? index.window * index.max_items + nth + 1 + (begin - before + entries) / index.chunk
+                          : (index.window + 1) * index.max_items;
+  const auto group = static_cast<uint64_t>(list / plan.num_blocks);
+  const auto last_group = static_cast<uint64_t>((index.first_list() + index.window_lists) / plan.num_blocks - 1);
+  for (int64_t i = first; i < end; ++i) {
+    WorkItem item = {};
+    uint64_t key = last_group << 32 | ~0u;
+    const int64_t piece = i - first, from = begin + piece * index.chunk;
+    if (piece < pieces) {
+      const int count = static_cast<int>(min(begin + entries - from, static_cast<int64_t>(index.chunk)));
+      item = {head,
+              block.x,
+              block.y,
+              count,
+              from,
+              pieces > 1 ? partial + static_cast<int>(piece) : -1,
+              piece == 0 ? pieces : 0};
+      if (keys && count > 0) key = group << 32 | static_cast<uint32_t>(index.rows[from + count / 2]);
+    }
+    items[i] = item;
+    if (keys) keys[i] = key;
   }
-  const uint64_t partials = items > 1 ? items : 0;
-  count[place] = place < index.num_lists ? (items ? items : items_of_none) | partials << 32 : 0;
 }
 
 }  // namespace
@@ -152,60 +262,48 @@ InvertedIndex carve_index(const SelectedAttentionProblem& p, const Plan& plan, c
   const int64_t chunk = (window_entries / wanted + kMinChunk - 1) / kMinChunk * kMinChunk;
   index.chunk = static_cast<int>(chunk < kMinChunk ? kMinChunk : chunk);
   index.max_items = index.window_lists + window_entries / index.chunk;
-  index.max_partials = 2 * (window_entries / index.chunk);
+  index.max_partials = 2 * window_entries / index.chunk;
+  index.span_rows = static_cast<int>(std::clamp<int64_t>(
+      std::bit_ceil(static_cast<uint64_t>(plan.num_blocks / std::max(plan.list_width, 1))), kMinSpan, kMaxSpan));
+  index.spans = static_cast<int>(divide_up(windows.rows, index.span_rows));
   index.rows = carver.take<int32_t>(entries);
-  index.list_begin = carver.take<int64_t>(index.num_lists + 1);
+  index.begins = carver.take<int64_t>(num_pairs(index) + 1);
   const int64_t row_bytes = 2 * p.num_heads_q / p.num_heads_k * (p.head_dim_qk + p.head_dim_v);  // of Q and dO
-  const bool ordered = wants_places && windows.rows * row_bytes > kOrderedBytes &&
-                       window_entries <= kOrderedEntries * index.window_lists;
-  index.order = ordered ? carver.take<int32_t>(index.num_lists) : nullptr;
-  index.work_begin = carver.take<uint64_t>(index.num_lists + 1);
+  index.ordered = index.num_lists > 0 && wants_places && windows.rows * row_bytes > kOrderedBytes &&
+                  window_entries <= kOrderedEntries * index.window_lists;
+  index.items = carver.take<WorkItem>(windows.count * index.max_items);
   index.places = wants_places ? carver.take<uint32_t>(entries) : nullptr;
   // the scratch carves the same pieces in the same order again when it is used
   char* const begin = carver.take<char>(0);
   Carver inside(begin);
-  carve_scratch(index.num_lists, entries, ordered, inside);
+  carve_scratch(index, inside);
   carver.take<char>(static_cast<int64_t>(inside.used()));
   *scratch = begin;
   return index;
 }
 
 Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k, void* scratch, cudaStream_t stream) {
-  const int64_t entries = static_cast<int64_t>(plan.total_q) * num_heads_k * plan.list_width;
   Carver inside(scratch);
-  Scratch s = carve_scratch(index.num_lists, entries, index.order != nullptr, inside);
-  int64_t* list_begin = const_cast<int64_t*>(index.list_begin);
-  auto* values = reinterpret_cast<uint32_t*>(const_cast<int32_t*>(index.rows));  // until they become rows
-  const int grid = grid_size(entries, 256);
-  cudaError_t error = cudaSuccess;
-  if (entries > 0) {
-    make_pairs<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_in, s.values_in);
-    error = cub::DeviceRadixSort::SortPairs(s.cub, s.cub_bytes, s.keys_in, s.keys_out, s.values_in, values, entries, 0,
-                                            s.key_bits, stream);
-    if (error != cudaSuccess) return cuda_status(error, "selected attention backward: sorting the inverted index");
+  Scratch s = carve_scratch(index, inside);
+  const Cells cells(plan, index, num_heads_k);
+  auto* const begins = const_cast<int64_t*>(index.begins);
+  count_rows<<<cells.count, kThreads, cells.shared_bytes(index), stream>>>(plan, index, cells, begins);
+  cudaError_t error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, begins, begins, num_pairs(index) + 1, stream);
+  if (error != cudaSuccess) return cuda_status(error, "selected attention backward: counting rows of blocks");
+  place_rows<<<cells.count, kThreads, cells.shared_bytes(index), stream>>>(
+      plan, index, cells, const_cast<int32_t*>(index.rows), const_cast<uint32_t*>(index.places));
+  auto* const items = const_cast<WorkItem*>(index.items);
+  if (index.num_lists > 0) {
+    make_items<<<(index.num_lists + 255) / 256, 256, 0, stream>>>(plan, index, index.ordered ? s.items : items,
+                                                                  s.keys_in);
   }
-  const int threads = index.num_lists + 1;
-  find_lists<<<(threads + 255) / 256, 256, 0, stream>>>(s.keys_out, entries, index.num_lists, list_begin);
-  if (entries > 0) {
-    if (index.places) {
-      error = cudaMemsetAsync(const_cast<uint32_t*>(index.places), 0xff, entries * sizeof(uint32_t), stream);
-      if (error != cudaSuccess) return cuda_status(error, "selected attention backward: clearing places");
-    }
-    place_entries<<<grid, 256, 0, stream>>>(plan, index, entries, s.keys_out, values,
-                                            const_cast<uint32_t*>(index.places));
-  }
-  if (index.order && index.num_lists > 0) {
-    make_order_keys<<<(threads + 255) / 256, 256, 0, stream>>>(index, plan.num_blocks, s.order_in, s.lists_in);
-    error = cub::DeviceRadixSort::SortPairs(s.cub, s.cub_bytes, s.order_in, s.order_out, s.lists_in,
-                                            const_cast<int32_t*>(index.order), index.num_lists, 0,
-                                            32 + bits_of(index.num_lists / plan.num_blocks), stream);
+  if (index.ordered) {
+    error = cub::DeviceRadixSort::SortPairs(
+        s.cub, s.cub_bytes, s.keys_in, s.keys_out, s.items, items, index.windows.count * index.max_items, 0,
+        32 + std::bit_width(static_cast<unsigned>(index.num_lists / plan.num_blocks)), stream);
     if (error != cudaSuccess) return cuda_status(error, "selected attention backward: ordering the inverted index");
   }
-  count_work<<<(threads + 255) / 256, 256, 0, stream>>>(index, index.windows.count == 1, s.work_count);
-  error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, s.work_count, const_cast<uint64_t*>(index.work_begin),
-                                        threads, stream);
-  if (error == cudaSuccess) error = cudaGetLastError();
-  return cuda_status(error, "selected attention backward: building the inverted index");
+  return cuda_status(cudaGetLastError(), "selected attention backward: building the inverted index");
 }
 
 }  // namespace nsa::cuda

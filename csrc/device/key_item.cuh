@@ -18,42 +18,18 @@ struct Item {
   int partial;  // partial tile, -1: the list is in one piece
 };
 
-// Where in their order the list stands that holds work item `item`: a search with 32 probes a round, the same in every
-// warp. -1: there is no such item.
-__device__ __forceinline__ int find_place(const cuda::InvertedIndex& index, unsigned item, int lane) {
-  // the last place with work_begin <= item, in [low, high)
-  int low = index.first_list(), high = low + index.window_lists;
-  if (item >= static_cast<uint32_t>(index.work_begin[high])) return -1;
-  while (high - low > 1) {
-    const int step = (high - low + 31) / 32;
-    const int probe = low + lane * step;
-    const bool before = probe < high && static_cast<uint32_t>(index.work_begin[probe]) <= item;
-    const int last = 31 - __clz(__ballot_sync(kFullWarp, before));
-    low += last * step;
-    high = min(low + step, high);
-  }
-  return low;
-}
-
+// False: the CTA has none.
 template <int kKeys>
-__device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, int lane, Item& item) {
-  const cuda::InvertedIndex& index = a.index;
-  const uint64_t first_work = index.work_begin[index.first_list()];
-  const unsigned number = static_cast<uint32_t>(first_work) + blockIdx.x;
-  const int place = find_place(index, number, lane);
-  if (place < 0) return false;
-  const int list = index.nth_list(place);
-  const uint64_t work = index.work_begin[place];
-  const int nth = static_cast<int>(number - static_cast<uint32_t>(work));
-  const bool split = static_cast<uint32_t>(index.work_begin[place + 1]) - static_cast<uint32_t>(work) > 1;
-  item.head = (list - index.first_list()) / a.plan.num_blocks;
-  const int2 block = a.plan.blocks[list - index.first_list() - item.head * a.plan.num_blocks];
+__device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, Item& item) {
+  // one latency; a search for the item's list was six, 2 us of about 40
+  const cuda::WorkItem work = a.index.items[a.index.window * a.index.max_items + blockIdx.x];
+  item.head = work.head;
   item.first_in_block = blockIdx.y * kKeys;
-  item.first_key = block.x + item.first_in_block;
-  item.keys = min(block.y - item.first_in_block, kKeys);
-  item.begin = index.list_begin[list] + static_cast<int64_t>(nth) * index.chunk;
-  item.entries = static_cast<int>(min(index.list_begin[list + 1] - item.begin, static_cast<int64_t>(index.chunk)));
-  item.partial = split ? static_cast<int>((work >> 32) - (first_work >> 32)) + nth : -1;
+  item.first_key = work.first_key + item.first_in_block;
+  item.keys = min(work.keys - item.first_in_block, kKeys);
+  item.begin = work.begin;
+  item.entries = work.entries;
+  item.partial = work.partial;
   return item.keys > 0;
 }
 

@@ -116,14 +116,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
   const uint32_t shared = device::shared_address(shared_memory);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Item item;
-  if (!device::find_item<Config::kKeys>(a, lane, item)) return;
+  if (!device::find_item<Config::kKeys>(a, item)) return;
   auto full = [&](int s) { return shared + 16 * s; };
   auto empty = [&](int s) { return shared + 16 * s + 8; };
   auto stage_at = [&](int s) { return shared + Config::kStages + s * Config::kStageBytes; };
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; ++s) {
       device::barrier_init(full(s), Config::kThreads);
-      device::barrier_init(empty(s), Config::kWarps);
+      device::barrier_init(empty(s), Config::kWarps * device::kWarpArrivals);
     }
   }
   __syncthreads();
@@ -164,8 +164,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1) kernel(const __grid_const
         attend<Config>(a, block, stage_at(stage), row, place, item.first_key, masked, lane, sums);
       slice = slice + 1 == place.num_slices ? 0 : slice + 1;
     }
-    __syncwarp();
-    if (lane == 0) device::barrier_arrive(empty(stage));
+    device::arrive_for_warp(empty(stage), lane);
     if (++stage == stages) {
       stage = 0;
       phase ^= 1;

@@ -209,7 +209,7 @@ template <typename Config>
 __device__ __forceinline__ char* score_gradients(const BackwardArgs& a, const Item& item, int warp, int lane) {
   if (!a.ds || warp >= 4 * Config::kWarpgroups / Config::kSplit) return nullptr;  // both halves compute the same
   const cuda::InvertedIndex& index = a.index;
-  const int64_t place = item.begin - index.list_begin[index.first_list()] + index.first_place();
+  const int64_t place = item.begin - index.list_begin(index.first_list()) + index.first_place();
   const int64_t row = place * a.group + item.first_in_block / 64 * a.ds_rows;
   return a.ds + 128 * (row + lane / 4) + 32 * (warp % 4) + 8 * (lane % 4);
 }
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   extern __shared__ __align__(1024) char shared_memory[];
   const int warp = __shfl_sync(device::kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   Item item;
-  if (!device::find_item<Config::kKeys>(a, lane, item)) return;
+  if (!device::find_item<Config::kKeys>(a, item)) return;
   RowRing<Config> ring = {device::shared_address(shared_memory), stages};
   if (threadIdx.x == 0) {
     ring.init();
