@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from accuracy import OUTPUTS, check, run
@@ -155,6 +157,7 @@ def test_debug_checks_read_the_offsets(target: Target):
 def extra_memory(made: Inputs, target: Target) -> dict[str, int]:
     """Bytes that forward and backward hold at their peaks beyond their inputs and results."""
     leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
+    gc.collect()  # or what an earlier test left may go in between and be counted
     torch.cuda.synchronize()
     peaks, kept = {}, []
     for phase in ("forward", "backward"):
