@@ -104,6 +104,7 @@ __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int step, in
     for (int i = 4 * (blockIdx.y * blockDim.x + threadIdx.x); i < item.keys * dims; i += 4 * gridDim.y * blockDim.x) {
       const int key = i / dims, dim = i - key * dims;
       float4 sum = {0, 0, 0, 0};
+#pragma unroll 8  // or it would wait for one tile after the other
       for (int c = 0; c < item.pieces; ++c) sum = sum + *reinterpret_cast<const float4*>(first + c * tile + i);
       const int k_row = item.first_key + key;
       if (a.sums) {
@@ -170,8 +171,8 @@ Status make_row_stats(Dtype dtype, const StatsInputs& in, int total_q, int num_h
 
 Status add_partials(Dtype dtype, const BackwardArgs& args, int dk, int dv, cudaStream_t stream) {
   if (args.index.max_partials == 0 || !(args.dk.data || args.dv.data)) return {};
-  const int parts = args.plan.block_size < 64 ? 2 : 8;
-  const int step = static_cast<int>(std::clamp<int64_t>(args.index.max_items / 320, 1, 32));
+  const int parts = args.plan.block_size < 64 ? 4 : 16;
+  const int step = static_cast<int>(std::clamp<int64_t>(args.index.max_items / 512, 1, 32));
   auto* kernel = dtype == Dtype::kBFloat16 ? sum_partials<__nv_bfloat16> : sum_partials<__half>;
   const auto ctas = static_cast<unsigned>(divide_up(args.index.max_items, step));
   kernel<<<dim3(ctas, parts), 256, 0, stream>>>(args, step, dk, dv);

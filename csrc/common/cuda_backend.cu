@@ -168,9 +168,9 @@ Status check_rows(const SelectedAttentionProblem& p, const Plan& plan) {
 // The inverted index numbers the entries of a span's rows and one kv head as int.
 Status check_entries(const Plan& plan, const InvertedIndex& index) {
   const int64_t rows = std::min(plan.total_q, index.span_rows);
-  if (rows * plan.list_width <= INT_MAX) return {};
+  if (rows * plan.list_width < 1 << 30) return {};
   return make_status(StatusCode::kNotSupported,
-                     "block_indices has %d entries a row; the CUDA backward takes fewer than 2^31 in %lld rows",
+                     "block_indices has %d entries a row; the CUDA backward takes fewer than 2^30 in %lld rows",
                      plan.list_width, static_cast<long long>(rows));
 }
 

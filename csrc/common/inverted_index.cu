@@ -19,11 +19,13 @@
 namespace nsa::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 // Rows of a span. (list, span) pairs grow with the square of the sequence, so that long ones have longer spans: about
 // as many pairs as entries.
 constexpr int kMinSpan = 128, kMaxSpan = 8192;
-constexpr int kSharedBytes = 46 * 1024;  // 48 KB are what a CTA may have without asking, and a scan has its own
+// For a cell: two of them fit an SM of 228 KB, and every GPU that these kernels run on has 99 KB for a CTA. The lists
+// of a million tokens are read 23 times then (2.3 ms of 134), with 46 KB 49 times (3.3 ms).
+constexpr int kSharedBytes = 96 * 1024;
 // A span's entries go to the lists through shared memory where they are at most so many, and at least so many a block.
 constexpr int kMaxStaged = 4096, kMinStaged = 2;
 
@@ -86,7 +88,9 @@ struct Cells {
   int shared_bytes(const InvertedIndex& index) const { return blocks * bytes_of_block(index.span_rows) + 4 * staged; }
 };
 
-// A CTA's cell: which of the rows chose which of the blocks. Every thread calls the constructor.
+// A CTA's cell: which of the rows chose which of the blocks. Every thread calls the constructor. kWide: entries that a
+// thread reads at a time, of one row; divides S.
+template <int kWide>
 class Cell {
  public:
   int head, window;
@@ -108,13 +112,35 @@ class Cell {
     rows = max(min(min(index.span_rows, index.windows.rows - before), plan.total_q - first_row), 0);
     for (int i = threadIdx.x; i < words_ * stride_; i += kThreads) bits_[i] = 0;
     __syncthreads();
-    const int32_t* lists = plan.lists + entry(plan, 0);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < rows * plan.list_width; i += kThreads) {
-      const int block = local(__ldg(lists + i)), row = i / cells.list_width;
-      if (block >= 0) atomicOr(bits_ + row / 32 * stride_ + block, 1u << row % 32);
-    }
+    for_entries(plan, cells, [&](int, int row, const int (&listed)[kWide]) {
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) {
+        if (const int block = local(listed[j]); block >= 0)
+          atomicOr(bits_ + row / 32 * stride_ + block, 1u << row % 32);
+      }
+    });
     __syncthreads();
+  }
+  // function(i, row, listed): entries i .. i + kWide of the cell, but for those that have none of its blocks. Lists
+  // ascend: of a million tokens, whose blocks take dozens of cells, most are passed over with two comparisons.
+  template <typename Function>
+  __device__ __forceinline__ void for_entries(const Plan& plan, const Cells& cells, Function function) const {
+    const int32_t* const lists = plan.lists + entry(plan, 0);
+    const int last_block = first_block == 0 ? kNoBlock : first_block + blocks - 1;  // the first has the absent ones
+#pragma unroll 2
+    for (int i = kWide * threadIdx.x; i < rows * plan.list_width; i += kWide * kThreads) {
+      int listed[kWide];
+      if constexpr (kWide == 4) {
+        const int4 four = __ldg(reinterpret_cast<const int4*>(lists + i));
+        listed[0] = four.x;
+        listed[1] = four.y;
+        listed[2] = four.z;
+        listed[3] = four.w;
+      } else {
+        listed[0] = __ldg(lists + i);
+      }
+      if (listed[0] <= last_block && listed[kWide - 1] >= first_block) function(i, i / cells.list_width, listed);
+    }
   }
   // Of the first row's i-th entry on: [Hkv, total_q, S].
   __device__ __forceinline__ int64_t entry(const Plan& plan, int i) const {
@@ -141,17 +167,34 @@ class Cell {
   int stride_, words_, span_;
 };
 
+template <int kWide>
 __global__ void __launch_bounds__(kThreads)
     count_rows(Plan plan, InvertedIndex index, const __grid_constant__ Cells cells, int64_t* counts) {
   extern __shared__ __align__(16) char shared[];
-  const Cell cell(plan, index, cells, reinterpret_cast<unsigned*>(shared));
+  const Cell<kWide> cell(plan, index, cells, reinterpret_cast<unsigned*>(shared));
   for (int b = threadIdx.x; b < cell.blocks; b += kThreads)
     counts[cell.pair(plan, index, b)] = cell.chosen(b, index.span_rows);
   if (blockIdx.x == 0 && threadIdx.x == 0) counts[static_cast<int64_t>(index.num_lists) * index.spans] = 0;
 }
 
+// Those of kWide places that bits of `mine` name.
+template <int kWide>
+__device__ __forceinline__ void write_places(uint32_t* to, const uint32_t (&place)[kWide], unsigned mine) {
+  if constexpr (kWide == 4) {
+    if (mine == 0xf) {
+      *reinterpret_cast<uint4*>(to) = {place[0], place[1], place[2], place[3]};
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) {
+    if (mine >> j & 1) to[j] = place[j];
+  }
+}
+
 // Where a cell has several rows of a block, rows are put in order in shared memory before they are written: one after
-// the other each would be a write of its own for the L2 (32K tokens, 16 kv heads: 134 us for 74).
+// the other each would be a write of its own for the L2 (32K tokens, 16 kv heads: 134 us, in order 74).
+template <int kWide>
 __global__ void __launch_bounds__(kThreads)
     place_rows(Plan plan, InvertedIndex index, const __grid_constant__ Cells cells, int32_t* rows, uint32_t* places) {
   using Scan = cub::BlockScan<int, kThreads>;
@@ -160,7 +203,7 @@ __global__ void __launch_bounds__(kThreads)
   auto* const begins = reinterpret_cast<int64_t*>(shared);
   auto* const starts = reinterpret_cast<int*>(begins + cells.blocks);
   auto* const staged = reinterpret_cast<unsigned*>(starts + cells.blocks);
-  const Cell cell(plan, index, cells, staged + cells.staged);
+  const Cell<kWide> cell(plan, index, cells, staged + cells.staged);
   int count = 0;
   for (int first = 0; first < cell.blocks; first += kThreads) {
     const int b = first + threadIdx.x;
@@ -180,28 +223,38 @@ __global__ void __launch_bounds__(kThreads)
   index.window = cell.window;
   const int64_t to_place = index.first_place() - index.list_begin(index.first_list());
   const int64_t first_entry = cell.entry(plan, 0);
-#pragma unroll 4
-  for (int i = threadIdx.x; i < cell.rows * plan.list_width; i += kThreads) {
-    const int listed = __ldg(plan.lists + first_entry + i), block = cell.local(listed), row = i / cells.list_width;
-    if (block >= 0) {
-      const int nth = starts[block] + cell.chosen(block, row);
-      const int64_t to = begins[block] + nth;
-      if (cells.staged)
-        staged[nth] = block * kMaxSpan + row;
-      else
-        rows[to] = cell.first_row + row;
-      if (places) {
-        const bool halves = plan.block_size > 64 && plan.blocks[listed].y > 64;
-        places[first_entry + i] = static_cast<uint32_t>(to + to_place) | (halves ? InvertedIndex::kTwoHalves : 0);
+  cell.for_entries(plan, cells, [&](int i, int row, const int (&listed)[kWide]) {
+    uint32_t place[kWide];
+    unsigned mine = 0;
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) {
+      const int block = cell.local(listed[j]);
+      place[j] = InvertedIndex::kNoPlace;
+      if (block >= 0) {
+        const int nth = starts[block] + cell.chosen(block, row);
+        const int64_t to = begins[block] + nth;
+        if (cells.staged)
+          staged[nth] = block * kMaxSpan + row;
+        else
+          rows[to] = cell.first_row + row;
+        const bool halves = plan.block_size > 64 && plan.blocks[listed[j]].y > 64;
+        place[j] = static_cast<uint32_t>(to + to_place) | (halves ? InvertedIndex::kTwoHalves : 0);
       }
-    } else if (places && listed == kNoBlock && cell.first_block == 0) {
-      places[first_entry + i] = InvertedIndex::kNoPlace;
+      if (block >= 0 || (listed[j] == kNoBlock && cell.first_block == 0)) mine |= 1u << j;
     }
-  }
+    if (places) write_places<kWide>(places + first_entry + i, place, mine);
+  });
   if (!cells.staged) return;
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += kThreads)
     rows[begins[staged[i] / kMaxSpan] + i] = cell.first_row + staged[i] % kMaxSpan;
+}
+
+// What is beyond the 48 KB that a CTA may have without asking, and a scan in it has its own.
+template <typename Kernel>
+cudaError_t allow_shared(Kernel* kernel, int bytes) {
+  if (bytes <= 46 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
 }
 
 // A thread a list. With b entries of the window before it, the n-th list's items begin at place n + b / chunk: as many
@@ -287,11 +340,18 @@ Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k,
   Scratch s = carve_scratch(index, inside);
   const Cells cells(plan, index, num_heads_k);
   auto* const begins = const_cast<int64_t*>(index.begins);
-  count_rows<<<cells.count, kThreads, cells.shared_bytes(index), stream>>>(plan, index, cells, begins);
-  cudaError_t error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, begins, begins, num_pairs(index) + 1, stream);
+  const bool wide = plan.list_width % 4 == 0;
+  const auto count = wide ? count_rows<4> : count_rows<1>;
+  const auto place = wide ? place_rows<4> : place_rows<1>;
+  const int shared = cells.shared_bytes(index);
+  cudaError_t error = allow_shared(count, shared);
+  if (error == cudaSuccess) error = allow_shared(place, shared);
+  if (error != cudaSuccess) return cuda_status(error, "selected attention backward: the inverted index' shared memory");
+  count<<<cells.count, kThreads, shared, stream>>>(plan, index, cells, begins);
+  error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, begins, begins, num_pairs(index) + 1, stream);
   if (error != cudaSuccess) return cuda_status(error, "selected attention backward: counting rows of blocks");
-  place_rows<<<cells.count, kThreads, cells.shared_bytes(index), stream>>>(
-      plan, index, cells, const_cast<int32_t*>(index.rows), const_cast<uint32_t*>(index.places));
+  place<<<cells.count, kThreads, shared, stream>>>(plan, index, cells, const_cast<int32_t*>(index.rows),
+                                                   const_cast<uint32_t*>(index.places));
   auto* const items = const_cast<WorkItem*>(index.items);
   if (index.num_lists > 0) {
     make_items<<<(index.num_lists + 255) / 256, 256, 0, stream>>>(plan, index, index.ordered ? s.items : items,
