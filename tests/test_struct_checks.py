@@ -102,10 +102,10 @@ def backward(given: _C.Problem, **changes: Any) -> None:
         ({"block_count": -2}, r"block_count is -2; allowed is 0 or more, or -1 for num_indices"),
         ({"batch": 2**40, "seqlen_q": 2**40}, r"batch is 1099511627776 and seqlen_q 1099511627776 \(batched\)"),
         ({"batch": 2**40, "seqlen_k": 2**40}, r"batch is 1099511627776 and seqlen_k 1099511627776 \(batched\)"),
-        ({"num_indices": 2**31}, r"num_indices is 2147483648; allowed are 2\^31 - 1 entries a row"),
+        ({"num_indices": 2**31}, r"num_indices is 2147483648; allowed are 2147483584 entries a row"),
         (
-            {"num_indices": 2**31 - 1, "num_heads_q": 2**27, "num_heads_k": 2**27},
-            r"num_indices is 2147483647 with 16 rows of q and num_heads_k 134217728; allowed are 2\^57 entries",
+            {"num_indices": 2**31 - 64, "num_heads_q": 2**27, "num_heads_k": 2**27},
+            r"num_indices is 2147483584 with 16 rows of q and num_heads_k 134217728; allowed are 2\^57 entries",
         ),
     ],
     ids=str,

@@ -88,9 +88,9 @@ __device__ __forceinline__ float4 operator+(const float4& a, const float4& b) {
   return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
 }
 
-// A CTA takes a part of the tiles of a few items' lists, `step` of them: of thousands of lists only a few are split,
-// and a CTA each would take longer than the sums (64K tokens, 8 windows: 0.29 ms for 0.05). Lists in one piece have
-// written or added dk and dv themselves.
+// A CTA takes a part of the tiles of `step` items' lists. Often few of thousands of lists are split, and a CTA for each
+// would take as long as the sums: 43 us instead of 10 (32K tokens, 16 kv heads). Lists in one piece have written or
+// added dk and dv themselves.
 template <typename Element>
 __global__ void __launch_bounds__(256) sum_partials(BackwardArgs a, int step, int dk, int dv) {
   const int64_t first_item = static_cast<int64_t>(blockIdx.x) * step;

@@ -1,4 +1,5 @@
-// The unions of the query tiles' lists, one warp a tile: gathered in shared memory where they fit, else walked.
+// The unions of the query tiles' lists, one warp a tile, or a CTA for many tokens: gathered in shared memory where they
+// fit, else walked.
 #include <cuda_runtime.h>
 
 #include <algorithm>

@@ -8,7 +8,7 @@
 
 namespace nsa::device {
 
-// One CTA's part of the work: entries [begin, end) of a block's list.
+// One CTA's part of the work: some keys of a block and entries of its list.
 struct Item {
   int head;             // kv head
   int first_key, keys;  // k row; at most 64

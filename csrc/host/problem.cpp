@@ -113,8 +113,9 @@ std::int64_t most_rows(Device device) {
 }
 
 Status check_list_entries(const Problem& problem, const char* name, std::int64_t n) {
-  if (n > kMaxInt32) {
-    return invalid_argument("%s is %" PRId64 "; allowed are 2^31 - 1 entries a row", name, n);
+  constexpr std::int64_t kMost = kMaxInt32 - 63;  // a warp goes 32 on
+  if (n > kMost) {
+    return invalid_argument("%s is %" PRId64 "; allowed are %" PRId64 " entries a row", name, n, kMost);
   }
   const std::int64_t rows = problem.copies() * problem.seqlen_q;
   std::int64_t lists, entries;
