@@ -132,8 +132,8 @@ torch.testing.assert_close(dv.double().sum(1), dout.double().sum(1), rtol=1e-2, 
 
 @pytest.mark.parametrize("target", [*CPU[:1], *CUDA_BF16])
 def test_first_backward_of_a_process(target: Target):
-    """What kernels may have of shared memory is asked for once in a process, by the first call that needs it. 1680
-    blocks need for the inverted index almost what a kernel has without asking."""
+    """With 1680 blocks the inverted index needs almost the 48 KB of shared memory that a kernel has without asking for
+    more. What an earlier call of the process asked for would hide that nobody did."""
     dtype = str(target.dtype).removeprefix("torch.")
     code = NEW_PROCESS.format(device=target.device, dtype=dtype, backend=target.backend)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

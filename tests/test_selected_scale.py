@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from accuracy import check, run
+from accuracy import Results, check, run
 from cases import Case
 from inputs import Inputs, make
 from sampled import check_key_block, check_rows, long_inputs
@@ -30,15 +30,21 @@ def need_memory(target: Target, gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of GPU memory")
 
 
+def run_and_check(made: Inputs, target: Target, *blocks: tuple[int, int], rows: int = 48) -> Results:
+    """The operation's results, of which some rows and these (key block, kv head) are right."""
+    found = run(made, target.backend)
+    lines = check_rows(made, found, sample(made.case.Tq, target.device, rows))
+    for block, head in blocks:
+        lines += check_key_block(made, found, block, head)
+    assert not lines, "\n".join(lines)
+    return found
+
+
 @pytest.mark.parametrize("target", CPU[1:3])
 def test_16k_tokens_on_the_cpu(target: Target):
     case = Case("16k", Tq=16384, Tk=16384, Hq=4, Hkv=1, S=8)
     made = long_inputs(case, target.device, target.dtype, seed=3)
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device, 30))
-    for block in (100, 255):
-        lines += check_key_block(made, found, block, head=0)
-    assert not lines, "\n".join(lines)
+    run_and_check(made, target, (100, 0), (255, 0), rows=30)
 
 
 @pytest.mark.parametrize("target", CUDA)
@@ -47,11 +53,7 @@ def test_64k_tokens_at_the_papers_heads(target: Target, dims: tuple[int, int]):
     need_memory(target, 30)
     case = Case("64k", Tq=65536, Tk=65536, Hq=64, Hkv=4, Dk=dims[0], Dv=dims[1], S=16)
     made = long_inputs(case, target.device, target.dtype, seed=5)
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device))
-    for block, head in ((511, 0), (900, 3), (1023, 1), (17, 2)):
-        lines += check_key_block(made, found, block, head)
-    assert not lines, "\n".join(lines)
+    run_and_check(made, target, (511, 0), (900, 3), (1023, 1), (17, 2))
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)
@@ -73,11 +75,7 @@ def test_short_lists_of_many_rows(target: Target):
     made = long_inputs(case, target.device, target.dtype, seed=13)
     lists = made.block_indices
     made = replace(made, block_indices=lists.where(lists % 3 != 1, -1))
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device))
-    for block, head in ((0, 0), (2, 1), (42, 0), (78, 1)):
-        lines += check_key_block(made, found, block, head)
-    assert not lines, "\n".join(lines)
+    found = run_and_check(made, target, (0, 0), (2, 1), (42, 0), (78, 1))
     unread = torch.arange(case.Tk, device=target.device) // case.block_size % 3 == 1
     assert not found["dk"][:, unread].any() and not found["dv"][:, unread].any()
 
@@ -88,11 +86,7 @@ def test_blocks_that_several_ctas_index(target: Target, S: int):
     """4000 blocks of 16: the inverted index takes a span of rows with half of the blocks at a time."""
     case = Case("ranges", Tq=64000, Tk=64000, Hq=4, Hkv=2, block_size=16, S=S)
     made = long_inputs(case, target.device, target.dtype, seed=15)
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device))
-    for block, head in ((0, 0), (1999, 1), (2000, 0), (3999, 1)):
-        lines += check_key_block(made, found, block, head)
-    assert not lines, "\n".join(lines)
+    run_and_check(made, target, (0, 0), (1999, 1), (2000, 0), (3999, 1))
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)
@@ -102,11 +96,7 @@ def test_one_million_tokens(target: Target):
     case = Case("1m", Tq=2**20 + 64, Tk=2**20 + 64, Hq=16, Hkv=1, Dk=128, Dv=128, S=4)
     made = long_inputs(case, target.device, target.dtype, seed=9)
     assert made.q.numel() > 2**31
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device))
-    for block in (8000, 16383, 16384):
-        lines += check_key_block(made, found, block, 0)
-    assert not lines, "\n".join(lines)
+    run_and_check(made, target, (8000, 0), (16383, 0), (16384, 0))
 
 
 @pytest.mark.parametrize("target", CUDA_BF16)
@@ -116,11 +106,7 @@ def test_unions_of_thousands_of_blocks(target: Target):
     case = Case("unions", Tq=2**18, Tk=2**18, Hq=1, Hkv=1, block_size=16, S=64)
     made = long_inputs(case, target.device, target.dtype, seed=11)
     assert made.block_indices[0, -192:].unique().numel() > 8000
-    found = run(made, target.backend)
-    lines = check_rows(made, found, sample(case.Tq, target.device))
-    for block in (3000, 9000, 16383):
-        lines += check_key_block(made, found, block, 0)
-    assert not lines, "\n".join(lines)
+    run_and_check(made, target, (3000, 0), (9000, 0), (16383, 0))
 
 
 def spread(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
 // memory. Their numbers are added up over (list, span), which says where a span's rows begin in every list; a row
 // stands behind those of the span's rows before it. Nothing depends on the order in which entries are met. The lists
 // are read twice and what is kept is written once: a radix sort of pairs, before and after which they were made and
-// taken apart, took three times as long and 12 bytes an entry.
+// taken apart, took two to three times as long and 12 bytes an entry.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -32,7 +32,7 @@ constexpr int kMaxStaged = 4096, kMinStaged = 2;
 // Enough items to fill 132 SMs many times over, and not more, since every split list costs its partial tiles. Where dS
 // is kept half as many: 2048 took 0.4 ms more at 64K tokens in windows of 8192.
 constexpr int64_t kWantedItems = 2048, kWantedWithDs = 1024;
-constexpr int kMinChunk = 128;
+constexpr int64_t kMinChunk = 128;
 
 // Items are worked off by their middle row, so that those side by side read about the same rows, where a kv head's Q
 // and dO of a window are more than the L2 holds and lists are short: dK and dV of 64K clustered tokens (128 entries a
@@ -250,10 +250,9 @@ __global__ void __launch_bounds__(kThreads)
     rows[begins[staged[i] / kMaxSpan] + i] = cell.first_row + staged[i] % kMaxSpan;
 }
 
-// Asks for what is beyond the 48 KB that a CTA may have without; place_rows has 2.2 KB besides.
+// The same in every call, whatever it needs: another thread's call may come between this and the launch.
 template <typename Kernel>
-cudaError_t allow_shared(Kernel* kernel, int bytes) {
-  if (bytes <= 44 * 1024) return cudaSuccess;
+cudaError_t allow_shared(Kernel* kernel) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
 }
 
@@ -312,8 +311,8 @@ InvertedIndex carve_index(const SelectedAttentionProblem& p, const Plan& plan, c
   index.num_lists = windows.count * index.window_lists;
   index.buffer_entries = windows.buffers > 1 ? window_entries : 0;
   const int64_t wanted = wants_places ? kWantedWithDs : kWantedItems;
-  const int64_t chunk = (window_entries / wanted + kMinChunk - 1) / kMinChunk * kMinChunk;
-  index.chunk = static_cast<int>(chunk < kMinChunk ? kMinChunk : chunk);
+  const int64_t chunk = divide_up(window_entries / wanted, kMinChunk) * kMinChunk;
+  index.chunk = static_cast<int>(std::max(chunk, kMinChunk));
   index.max_items = index.window_lists + window_entries / index.chunk;
   index.max_partials = 2 * window_entries / index.chunk;
   index.span_rows = static_cast<int>(std::clamp<int64_t>(
@@ -344,8 +343,8 @@ Status make_index(const Plan& plan, const InvertedIndex& index, int num_heads_k,
   const auto count = wide ? count_rows<4> : count_rows<1>;
   const auto place = wide ? place_rows<4> : place_rows<1>;
   const int shared = cells.shared_bytes(index);
-  cudaError_t error = allow_shared(count, shared);
-  if (error == cudaSuccess) error = allow_shared(place, shared);
+  cudaError_t error = allow_shared(count);
+  if (error == cudaSuccess) error = allow_shared(place);
   if (error != cudaSuccess) return cuda_status(error, "selected attention backward: the inverted index' shared memory");
   count<<<cells.count, kThreads, shared, stream>>>(plan, index, cells, begins);
   error = cub::DeviceScan::ExclusiveSum(s.cub, s.cub_bytes, begins, begins, num_pairs(index) + 1, stream);

@@ -142,6 +142,23 @@ __global__ void __launch_bounds__(32 * kWarps, kOneWord ? 16 : 12)
   if (thread == 0) unions.counts[number] = count;
 }
 
+template <bool kOneWord>
+void launch_unions(const Plan& plan, const TileUnions& unions, int tiles, Divisor group, cudaStream_t stream) {
+  constexpr int kTeam = team_of(kOneWord);
+  const int parts = plan.block_size / unions.part, capacity = unions.capacity / parts;
+  const int64_t entries = static_cast<int64_t>(max_tokens(unions.warps, group)) * plan.list_width;
+  const int64_t bytes = device::BlockUnion<kTeam>::shared_bytes(capacity, unions.words - 3);
+  if (entries == 0 || entries > kMaxEntries || bytes > kSharedBytes) {
+    walk_unions<<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(plan, unions, tiles, group);
+    return;
+  }
+  const int shared = static_cast<int>(bytes), teams = std::min(kWarps / kTeam, kSharedBytes / shared);  // a CTA
+  const Gathering args = {capacity, shared, std::countr_zero(static_cast<unsigned>(parts)),
+                          32 * kTeam / plan.list_width};
+  gather_unions<kOneWord>
+      <<<(tiles + teams - 1) / teams, 32 * kTeam * teams, teams * shared, stream>>>(plan, unions, tiles, group, args);
+}
+
 }  // namespace
 
 TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, TileSize size, bool in_order,
@@ -162,38 +179,9 @@ TileUnions carve_unions(const SelectedAttentionProblem& p, const Plan& plan, Til
   return unions;
 }
 
-namespace {
-
-template <bool kOneWord>
-int64_t shared_bytes(const TileUnions& unions, int parts) {
-  return device::BlockUnion<team_of(kOneWord)>::shared_bytes(unions.capacity / parts, unions.words - 3);
-}
-
-template <bool kOneWord>
-void launch_gather(const Plan& plan, const TileUnions& unions, int tiles, int parts, Divisor group,
-                   cudaStream_t stream) {
-  constexpr int kTeam = team_of(kOneWord);
-  const int shared = static_cast<int>(shared_bytes<kOneWord>(unions, parts));
-  const int teams = std::min(kWarps / kTeam, kSharedBytes / shared);  // a CTA
-  const Gathering args = {unions.capacity / parts, shared, std::countr_zero(static_cast<unsigned>(parts)),
-                          32 * kTeam / plan.list_width};
-  gather_unions<kOneWord>
-      <<<(tiles + teams - 1) / teams, 32 * kTeam * teams, teams * shared, stream>>>(plan, unions, tiles, group, args);
-}
-
-}  // namespace
-
 Status make_unions(const Plan& plan, const TileUnions& unions, int num_heads_k, Divisor group, cudaStream_t stream) {
-  const int tiles = unions.tiles_per_head * num_heads_k, parts = plan.block_size / unions.part;
-  const bool one_word = unions.words == 3 + 1;
-  const int64_t entries = static_cast<int64_t>(max_tokens(unions.warps, group)) * plan.list_width;
-  const int64_t bytes = one_word ? shared_bytes<true>(unions, parts) : shared_bytes<false>(unions, parts);
-  if (entries == 0 || entries > kMaxEntries || bytes > kSharedBytes) {
-    walk_unions<<<(tiles + kWarps - 1) / kWarps, 32 * kWarps, 0, stream>>>(plan, unions, tiles, group);
-  } else {
-    const auto gather = one_word ? launch_gather<true> : launch_gather<false>;
-    gather(plan, unions, tiles, parts, group, stream);
-  }
+  const auto launch = unions.words == 3 + 1 ? launch_unions<true> : launch_unions<false>;
+  launch(plan, unions, unions.tiles_per_head * num_heads_k, group, stream);
   return cuda_status(cudaGetLastError(), "selected attention: merging the block lists");
 }
 

@@ -21,7 +21,7 @@ struct Item {
 // False: the CTA has none.
 template <int kKeys>
 __device__ __forceinline__ bool find_item(const cuda::BackwardArgs& a, Item& item) {
-  // one latency; a search for the item's list was six, 2 us of about 40
+  // one latency, where a search for the item's list was six: 1 % of dK and dV at 64K tokens
   const cuda::WorkItem work = a.index.items[a.index.window * a.index.max_items + blockIdx.x];
   item.head = work.head;
   item.first_in_block = blockIdx.y * kKeys;
